@@ -1,0 +1,94 @@
+# Needs Python 3.11 or newer with its headers, a C++20 compiler and a package index. VENV may name an environment that
+# exists; if torch is in it, that torch stays.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= 2.14.1
+TORCHVISION ?= 0.29.1
+TIMM ?= 1.0.31
+TORCHATTACKS ?= 3.5.1
+EXTRAS ?= test dev imagenet-lite
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build test demo format clean FORCE
+
+PY := $(VENV)/bin/python
+# Through the interpreter, as its script is elsewhere where VENV inherits packages.
+CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
+# An environment can hold the editable installation of one checkout only, hence a stamp for each checkout.
+STAMPS := $(VENV)/.alignfast
+DEPENDENCIES := $(STAMPS)/dependencies
+BUILT := $(STAMPS)/built-$(firstword $(shell pwd | cksum))
+NATIVE_SOURCES := $(shell find csrc -type f)
+CLANG_FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
+
+help:
+	@echo 'make test     linters, type checker and tests'
+	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
+	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
+	@echo 'make format   format Python and C++'
+	@echo 'make clean    remove what was built (an environment other than .venv stays)'
+	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCHVISION=$(TORCHVISION) TIMM=$(TIMM)'
+
+build: $(BUILT)
+
+test: $(BUILT)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(CLANG_FORMAT) --dry-run --Werror $(CLANG_FORMATTED)
+	$(PY) -m pytest $(ARGS)
+
+demo: $(BUILT)
+	$(VENV)/bin/alignfast demo --out demo $(ARGS)
+
+format: $(BUILT)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CLANG_FORMATTED)
+
+clean:
+	rm -rf .venv build dist *.egg-info alignfast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(BUILT)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# Requirements are printed by what pyproject.toml declares, so that pip resolves them all at once and before the build,
+# which needs some of them.
+define PRINT_REQUIREMENTS
+import sys, tomllib
+from importlib.metadata import PackageNotFoundError, version
+
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+pins = dict(pin.split("==") for pin in "torch==$(TORCH) torchvision==$(TORCHVISION) timm==$(TIMM)".split())
+kept = {name: installed(name) for name in pins}
+with open("pyproject.toml", "rb") as file:
+    declared = tomllib.load(file)
+project = declared["project"]
+wanted = declared["build-system"]["requires"] + project["dependencies"]
+for extra in "$(EXTRAS)".split():
+    wanted += project["optional-dependencies"][extra]
+wanted += [f"{name}=={found}" for name, found in (kept if kept["torch"] else pins).items() if found]
+print(*(line for line in wanted if not line.startswith(project["name"] + "[")), sep="\n")
+endef
+export PRINT_REQUIREMENTS
+
+$(DEPENDENCIES): pyproject.toml | $(PY)
+	@mkdir -p $(STAMPS)
+	$(PY) -c "$$PRINT_REQUIREMENTS" > $(STAMPS)/requirements.txt
+	$(PY) -m pip install -r $(STAMPS)/requirements.txt
+	$(PY) -m pip install --no-deps torchattacks==$(TORCHATTACKS)
+	@touch $@
+
+$(BUILT): $(DEPENDENCIES) pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) $(if $(wildcard alignfast/_C.*.so),,FORCE)
+	@rm -f $(STAMPS)/built-*
+	$(PY) -m pip install --no-deps --no-build-isolation -e .
+	@touch $@

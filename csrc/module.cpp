@@ -1,0 +1,89 @@
+// Facts about this build and this machine. The ops register with torch, not here.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+
+#include <cerrno>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = ALIGNFAST_VERSION;
+  info["compiler"] = ALIGNFAST_COMPILER;
+  info["compiler_version"] = ALIGNFAST_COMPILER_VERSION;
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["build_type"] = ALIGNFAST_BUILD_TYPE;
+  info["cmake"] = ALIGNFAST_CMAKE;
+  info["architecture"] = ALIGNFAST_ARCHITECTURE;
+  const std::string cuda_compiler = ALIGNFAST_CUDA_COMPILER;
+  info["cuda_compiler"] = cuda_compiler.empty() ? py::object(py::none()) : py::object(py::str(cuda_compiler));
+  return info;
+}
+
+// What this processor has and the operating system lets a process use, as /proc/cpuinfo spells it.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // A macro, because the builtin takes nothing but a string literal.
+#define ALIGNFAST_FIND(feature, name) \
+  if (__builtin_cpu_supports(feature)) found.emplace_back(name)
+  ALIGNFAST_FIND("sse2", "sse2");
+  ALIGNFAST_FIND("sse4.2", "sse4_2");
+  ALIGNFAST_FIND("avx", "avx");
+  ALIGNFAST_FIND("avx2", "avx2");
+  ALIGNFAST_FIND("fma", "fma");
+  ALIGNFAST_FIND("avx512f", "avx512f");
+  ALIGNFAST_FIND("avx512bw", "avx512bw");
+  ALIGNFAST_FIND("avx512dq", "avx512dq");
+  ALIGNFAST_FIND("avx512vl", "avx512vl");
+  ALIGNFAST_FIND("avx512bf16", "avx512_bf16");
+#if !defined(__clang__)
+  // Clang's builtin has known these for fewer releases than C++20.
+  ALIGNFAST_FIND("f16c", "f16c");
+  ALIGNFAST_FIND("avx512fp16", "avx512_fp16");
+  ALIGNFAST_FIND("amx-tile", "amx_tile");
+  ALIGNFAST_FIND("amx-bf16", "amx_bf16");
+#endif
+#undef ALIGNFAST_FIND
+#elif defined(__aarch64__)
+  // Part of the base architecture.
+  found.emplace_back("neon");
+#endif
+  return found;
+}
+
+// Hardware threads this process may run on: the affinity mask counts, the size of the machine does not.
+int thread_count() {
+#if defined(__linux__)
+  // A mask smaller than the kernel's is refused with EINVAL.
+  for (int cpus = CPU_SETSIZE; cpus <= (1 << 20); cpus *= 2) {
+    std::vector<unsigned char> mask(CPU_ALLOC_SIZE(cpus));
+    auto* set = reinterpret_cast<cpu_set_t*>(mask.data());
+    if (sched_getaffinity(0, mask.size(), set) == 0) return CPU_COUNT_S(mask.size(), set);
+    if (errno != EINVAL) break;
+  }
+#endif
+  const unsigned threads = std::thread::hardware_concurrency();
+  return threads == 0 ? 1 : static_cast<int>(threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Build information, instruction sets and thread count of the native library.";
+  module.def("build_info", &build_info, "What this binary was built from and with.");
+  module.def("instruction_sets", &instruction_sets, "Instruction sets that are usable on this processor.");
+  module.def("thread_count", &thread_count, "Hardware threads that this process may use.");
+}

@@ -1,0 +1,69 @@
+"""Builds the native module with CMake and Ninja; everything else is declared in pyproject.toml."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # The module is copied into the source tree even where the one there is newer: it may be of other settings.
+        self.force = True
+
+    def build_extension(self, ext: Extension) -> None:
+        # Imported here, so that asking for metadata or an sdist needs none of them.
+        import cmake
+        import ninja
+        import pybind11
+
+        cmake_program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
+        configure = [
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DALIGNFAST_VERSION={self.distribution.get_version()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        build = build_folder(configure)
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        subprocess.check_call([cmake_program, "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
+        subprocess.check_call([cmake_program, "--build", build, *parallel_flags(self.parallel)])
+        subprocess.check_call([cmake_program, "--install", build, "--prefix", package])
+
+
+def build_folder(configure: list[str]) -> Path:
+    """Where to build: the same folder for the same settings, so that only what changed is compiled again.
+
+    Settings have folders of their own because CMake's cache would keep one that is no longer given.
+    """
+    key = hashlib.sha256("\n".join([sys.version, *configure]).encode()).hexdigest()[:12]
+    return ROOT / "build" / f"cmake-{key}"
+
+
+def parallel_flags(jobs: int | bool | None) -> list[str]:
+    return ["--parallel", str(jobs)] if jobs and jobs is not True else []
+
+
+setup(
+    packages=[
+        *find_packages(include=["alignfast", "alignfast.*"]),
+        "alignfast.kernels",
+        *(f"alignfast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"alignfast.kernels": "kernels"},
+    package_data={"alignfast": ["py.typed", "*.pyi", "evaluation/*.j2"]},
+    ext_modules=[Extension("alignfast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
