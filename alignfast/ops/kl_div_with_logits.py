@@ -1,0 +1,60 @@
+"""The alignment loss: a divergence between two sets of logits at a temperature."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from alignfast.checks import check_choice, check_number, check_shape
+from alignfast.reference import kl_div_with_logits as reference
+
+Direction = Literal["forward", "reverse", "symmetric", "jsd"]
+Reduction = Literal["batchmean", "sum", "none"]
+Combine = Literal["mean", "max", "min"]
+
+
+def kl_div_with_logits(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 4.0,
+    direction: Direction = "forward",
+    reduction: Reduction = "batchmean",
+    combine: Combine = "mean",
+) -> Tensor:
+    """Divergence of softmax(student / T) from softmax(teacher / T), times T^2 (Ma et al., ECCV 2024, output space).
+
+    With p the teacher's and q the student's distribution: "forward" is KL(p || q), the paper's loss; "reverse" is
+    KL(q || p); "symmetric" is their mean; "jsd" is (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Gradient flows
+    to the student only. -inf logits (masked classes) count as -1e5, so loss and gradient stay finite.
+
+    Args:
+        student: [B, C] logits, any floating dtype; computed in float32, or in float64 if given so.
+        teacher: [B, C] logits, or [W, B, C] of W witnesses.
+        temperature: T, greater than 0.
+        reduction: "batchmean" divides the sum by B (0 for an empty batch), "sum", or "none" for one loss a sample.
+        combine: over witnesses, per sample: "mean", "max" or "min".
+
+    Returns:
+        A scalar, or [B] for reduction "none"; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, or an argument outside what is allowed.
+    """
+    check_shape("student", student.shape, (None, None))
+    if teacher.ndim == 3:
+        check_shape("teacher", teacher.shape, (None, *student.shape))
+        if len(teacher) == 0:
+            raise ValueError("teacher: got no witness; allowed is at least one")
+    else:
+        check_shape("teacher", teacher.shape, student.shape)
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not logits.is_floating_point():
+            raise ValueError(f"{name}: got dtype {logits.dtype}; allowed is a floating-point tensor")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: on {teacher.device}; allowed is the device of student, {student.device}")
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_choice("direction", direction, ("forward", "reverse", "symmetric", "jsd"))
+    check_choice("reduction", reduction, ("batchmean", "sum", "none"))
+    check_choice("combine", combine, ("mean", "max", "min"))
+    return reference.kl_div_with_logits(student, teacher, temperature, direction, reduction, combine)

@@ -1,0 +1,57 @@
+"""Uniform draws that are a pure function of seed, image, step, copy and purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignfast.checks import check_count, check_shape
+from alignfast.reference import philox_uniform as reference
+
+MAX_COPY = 2**24 - 1
+MAX_PURPOSE = 255
+
+
+def philox_uniform(
+    images: Tensor,
+    copies: Tensor,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    step: int = 0,
+    purpose: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Tensor:
+    """float32 [K, N, *shape] in [low, high): the draws of N images and K copies, by Philox4x32-10.
+
+    Word `lane` of block b serves element 4 b + lane of an image's draws; its counter is
+    (b, image, step, copy << 8 | purpose) and its key is (low word of seed, high word of seed). The upper 24 bits of
+    the word, times 2^-24, are the draw (Salmon et al., SC 2011).
+
+    Args:
+        images: int64 [N], data-set indices in [0, 2^32).
+        copies: int64 [K], copy numbers in [0, 2^24).
+        shape: the shape of one image's draws.
+        seed: in [0, 2^64).
+        step: in [0, 2^32).
+        purpose: in [0, 256); keeps draws for different uses apart.
+
+    Raises:
+        ValueError: an argument outside its range or of another shape or dtype. The values of `images` and `copies`
+            are not read here, since that would wait for the device.
+    """
+    for name, index in (("images", images), ("copies", copies)):
+        check_shape(name, index.shape, (None,))
+        if index.dtype != torch.int64:
+            raise ValueError(f"{name}: got dtype {index.dtype}; allowed is torch.int64")
+    if images.device != copies.device:
+        raise ValueError(f"copies: on {copies.device}; allowed is the device of images, {images.device}")
+    check_count("seed", seed, low=0, high=2**64 - 1)
+    check_count("step", step, low=0, high=2**32 - 1)
+    check_count("purpose", purpose, low=0, high=MAX_PURPOSE)
+    if not low <= high:
+        raise ValueError(f"low, high: got {low}, {high}; allowed is low <= high")
+    return reference.philox_uniform(images, copies, tuple(shape), seed, step, purpose, low, high)
