@@ -1,0 +1,18 @@
+"""Classifiers that map images in [0, 1] to logits: a user's module, timm, torchvision, checkpoints, ensembles."""
+
+from alignfast.models.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from alignfast.models.classifier import Classifier, as_classifier, evaluating, fit_size
+from alignfast.models.ensemble import Ensemble
+from alignfast.models.loading import load_model
+
+__all__ = [
+    "Classifier",
+    "Ensemble",
+    "as_classifier",
+    "evaluating",
+    "fingerprint",
+    "fit_size",
+    "load_checkpoint",
+    "load_model",
+    "save_checkpoint",
+]

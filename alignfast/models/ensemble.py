@@ -1,0 +1,62 @@
+"""Several classifiers as one source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from alignfast.checks import check_choice
+from alignfast.models.classifier import Classifier, Render, as_classifier
+
+Combine = Literal["logits", "probabilities", "losses"]
+
+
+class Ensemble(Classifier):
+    """Attacks the mean of the members' logits, of their probabilities, or of their losses (Liu et al., ICLR 2017;
+    Dong et al., CVPR 2018, section 3.3).
+
+    As a classifier it returns mean logits for "logits", and else log mean probabilities.
+
+    Args:
+        members: at least one model; they must agree in number of classes and input size.
+
+    Raises:
+        ValueError: no member, members that do not agree, or an unknown `combine`.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], combine: Combine = "logits") -> None:
+        check_choice("combine", combine, ("logits", "probabilities", "losses"))
+        models = [as_classifier(member) for member in members]
+        if not models:
+            raise ValueError("members: got none; allowed is at least one model")
+        for name in ("num_classes", "input_size"):
+            values = {getattr(model, name) for model in models} - {None}
+            if len(values) > 1:
+                raise ValueError(f"members: their {name} differ: {sorted(values)}; allowed is one for all")
+        super().__init__(
+            nn.ModuleList(models),
+            num_classes=next((m.num_classes for m in models if m.num_classes is not None), None),
+            input_size=next((m.input_size for m in models if m.input_size is not None), None),
+        )
+        self.members = models
+        self.combine = combine
+
+    def logits_of(self, render: Render) -> Tensor:
+        logits = self._stack(render)
+        if self.combine == "logits":
+            return logits.mean(0)
+        return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))
+
+    def heads(self, render: Render) -> Tensor:
+        return self._stack(render) if self.combine == "losses" else self.logits_of(render)[None]
+
+    def check_shape(self, images: Tensor) -> None:
+        for member in self.members:
+            member.check_shape(images)
+
+    def _stack(self, render: Render) -> Tensor:
+        return torch.stack([member.logits_of(render) for member in self.members])
