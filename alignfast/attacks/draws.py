@@ -1,0 +1,54 @@
+"""Random numbers that belong to an image, not to the batch it happens to be in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from alignfast.ops import philox_uniform
+
+# A slot is a component's place in the attack; each may make this many different draws.
+DRAWS_PER_SLOT = 8
+SLOTS = 32
+START_SLOT = 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of one step for N images and K copies, a pure function of (seed, image, step, copy, slot, purpose).
+
+    images: int64 [N], data-set indices. copies: int64 [K].
+    """
+
+    seed: int
+    step: int
+    images: Tensor
+    copies: Tensor
+    slot: int = START_SLOT
+
+    def at(self, slot: int) -> Draws:
+        return replace(self, slot=slot)
+
+    def purpose(self, purpose: int) -> int:
+        return DRAWS_PER_SLOT * self.slot + purpose
+
+    def uniform(self, purpose: int = 0, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0) -> Tensor:
+        """float32 [K, N, *shape] in [low, high)."""
+        return philox_uniform(
+            self.images,
+            self.copies,
+            shape,
+            seed=self.seed,
+            step=self.step,
+            purpose=self.purpose(purpose),
+            low=low,
+            high=high,
+        )
+
+    def integers(self, purpose: int, low: int | Tensor, high: int | Tensor) -> Tensor:
+        """int64 [K, N] in [low, high), and low where the range is empty; bounds may differ by image."""
+        width = torch.as_tensor(high - low)
+        drawn = (self.uniform(purpose).double() * width).floor().long()
+        return low + torch.minimum(drawn, (width - 1)).clamp(min=0)

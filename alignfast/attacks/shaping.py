@@ -1,0 +1,55 @@
+"""Gradient shaping: what is done to the gradient before the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from alignfast.checks import check_choice, check_count, check_number
+from alignfast.ops import smooth
+
+
+class Shaping(Protocol):
+    def shape(self, grad: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """TI (Dong et al., CVPR 2019, eq. 8): W * g with a separable kernel that sums to 1.
+
+    kernel: "gaussian" samples a normal density at `size` points from -sigma to sigma, as the authors' code and
+    torchattacks do; "uniform"; or "linear", 1 - |i| / (h + 1) for i in -h..h with size = 2 h + 1.
+    size: odd. sigma: greater than 0, for the Gaussian only.
+
+    Raises:
+        ValueError: an unknown kernel, an even size, or a sigma that is not positive.
+    """
+
+    kernel: Literal["gaussian", "uniform", "linear"] = "gaussian"
+    size: int = 15
+    sigma: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_choice("kernel", self.kernel, ("gaussian", "uniform", "linear"))
+        check_number("sigma", self.sigma, low=0.0, open_low=True)
+        if check_count("size", self.size) % 2 == 0:
+            raise ValueError(f"size: got {self.size}; allowed is an odd whole number")
+
+    def weights(self) -> Tensor:
+        """float64 [size], summing to 1; the two-dimensional kernel is their outer product."""
+        half = self.size // 2
+        offset = torch.arange(-half, half + 1, dtype=torch.float64)
+        weights = {
+            "gaussian": torch.exp(-0.5 * (self.sigma * offset / max(half, 1)) ** 2),
+            "uniform": torch.ones_like(offset),
+            "linear": 1 - offset.abs() / (half + 1),
+        }[self.kernel]
+        return weights / weights.sum()
+
+    def shape(self, grad: Tensor) -> Tensor:
+        return smooth(grad, self.weights().to(grad))

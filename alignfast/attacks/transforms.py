@@ -1,0 +1,99 @@
+"""Input transforms: what the model is shown instead of the images themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignfast.attacks.draws import Draws
+from alignfast.attacks.views import Views
+from alignfast.checks import check_count, check_number
+from alignfast.ops import ResizePad
+
+
+class Transform(Protocol):
+    """Turns views into others; with `copies` above 1, each image is shown that many times."""
+
+    @property
+    def copies(self) -> int: ...
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        """`which`, int64 [K] in [0, copies), says which of its copies each view is to be."""
+        ...
+
+
+@dataclass(frozen=True)
+class InputDiversity:
+    """DI (Xie et al., CVPR 2019, section 3.2): with probability p, resize at random and pad at random with zeros.
+
+    For an image of side S: with `rate` below 1 the new side is drawn from [floor(rate S), S) and padded back to S
+    (torchattacks' definition); with `rate` above 1 it is drawn from [S, floor(rate S)), padded to floor(rate S), and
+    all is resized back to S (TransferAttack's definition). Size, place and whether it is done at all are drawn for
+    each image and copy. Square images only.
+
+    Raises:
+        ValueError: `rate` not in (0, 2] or equal to 1, or `p` outside [0, 1].
+    """
+
+    rate: float = 0.9
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number("rate", self.rate, low=0.0, high=2.0, open_low=True)
+        check_number("p", self.p, low=0.0, high=1.0)
+        if self.rate == 1.0:
+            raise ValueError("rate: got 1; allowed is a number in (0, 2] other than 1, which would change nothing")
+
+    @property
+    def copies(self) -> int:
+        return 1
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        side = views.images.shape[-1]
+        bound = max(int(side * self.rate), 1)
+        low, high = min(side, bound), max(side, bound)
+        resized = draws.integers(0, low, high)
+        top = draws.integers(1, 0, high - resized)
+        left = draws.integers(2, 0, high - resized)
+        done = draws.uniform(3) < self.p
+        return views.with_resize_pad(ResizePad(torch.where(done, resized, 0), top, left, high))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """SIM (Lin et al., ICLR 2020, eq. 8): `copies` copies of each image, copy i scaled by 2^-i.
+
+    Raises:
+        ValueError: fewer than one copy.
+    """
+
+    copies: int = 5
+
+    def __post_init__(self) -> None:
+        check_count("copies", self.copies, high=64)
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        scale = torch.exp2(-which.to(torch.float32))
+        return views.with_scale(scale[:, None].expand(-1, len(draws.images)))
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """`copies` points drawn uniformly from the cube of half-side `radius` around each image, in units of [0, 1] images.
+
+    Raises:
+        ValueError: fewer than one copy, or a negative radius.
+    """
+
+    copies: int
+    radius: float
+
+    def __post_init__(self) -> None:
+        check_count("copies", self.copies)
+        check_number("radius", self.radius, low=0.0)
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        return views.with_noise(self.radius, draws)
