@@ -1,0 +1,189 @@
+"""What was built, what is used, and whether every op computes what it should."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignfast import ops
+
+# The known answer of Philox4x32-10 to a counter and key of zeros, from its authors' Random123 library (kat_vectors).
+PHILOX_ZEROS = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+
+
+def report() -> dict[str, Any]:
+    """The backends with what they found, the one chosen for each device type, and "ok" or a reason for every op."""
+    return {
+        "backends": {"cpu": cpu_backend(), "cuda": cuda_backend(), "triton": triton_backend()},
+        "chosen": {"cpu": "reference", "cuda": "reference"},
+        "self_test": self_test(),
+    }
+
+
+def cpu_backend() -> dict[str, Any]:
+    """The native module: whether it loads and what it says about this build and processor."""
+    try:
+        native = importlib.import_module("alignfast._C")
+    except ImportError as error:
+        return {"loaded": False, "isa": [], "threads": os.cpu_count() or 1, "build": None, "reason": str(error)}
+    return {
+        "loaded": True,
+        "isa": native.instruction_sets(),
+        "threads": native.thread_count(),
+        "build": native.build_info(),
+        "reason": None,
+    }
+
+
+def cuda_backend() -> dict[str, Any]:
+    """The library of CUDA kernels, and the device that torch sees."""
+    return {"built": False, "loads": False, "archs": [], "device": cuda_device()}
+
+
+def triton_backend() -> dict[str, Any]:
+    """Triton as installed, and what its kernels would run on."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return {"importable": False, "version": None, "device": None, "reason": str(error)}
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = "interpreter" if interpreted else cuda_device()
+    return {"importable": True, "version": triton.__version__, "device": device, "reason": None}
+
+
+def cuda_device() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def self_test() -> dict[str, str]:
+    """Every op on a tiny input against an answer that was found another way: "ok", or what went wrong."""
+    return {name: _outcome(check) for name, check in SELF_TESTS.items()}
+
+
+def _outcome(check: Callable[[], None]) -> str:
+    # Whatever an op raises is the finding; the remaining ops are still to be tested.
+    try:
+        check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "ok"
+
+
+def _check_kl_div_with_logits() -> None:
+    """Loss and gradient against torch's own divergence in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 11, generator=generator) * 3
+    temperature = 2.5
+    given, expected = (student.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    loss = ops.kl_div_with_logits(given, teacher, temperature)
+    (gradient,) = torch.autograd.grad(loss, given)
+    log_q = (expected / temperature).log_softmax(-1)
+    log_p = (teacher.double() / temperature).log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    (wanted_gradient,) = torch.autograd.grad(wanted, expected)
+    _compare("loss", loss.detach(), wanted.detach(), 1e-5)
+    _compare("gradient", gradient, wanted_gradient, 1e-5)
+
+
+def _check_diversify() -> None:
+    """Resize, pad and normalise against interpolation and padding in float64, and the gradient against copies of it."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, 8, 8, generator=generator)
+    scale = torch.tensor([[1.0, 0.5], [0.25, 1.0]])
+    resized, top, left = torch.tensor([[[6, 5], [7, 0]], [[1, 0], [0, 0]], [[0, 2], [1, 0]]])
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    given, expected = (images.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    batch = ops.diversify(
+        given, copies=2, scale=scale, resize_pad=ops.ResizePad(resized, top, left, 8), mean=mean, std=std
+    )
+    rows = []
+    for k in range(2):
+        for n in range(2):
+            view = expected[n : n + 1] * scale[k, n].double()
+            size, above, before = int(resized[k, n]), int(top[k, n]), int(left[k, n])
+            if size > 0:
+                view = torch.nn.functional.interpolate(view, size=(size, size), mode="bilinear", align_corners=False)
+                view = torch.nn.functional.pad(view, (before, 8 - size - before, above, 8 - size - above))
+            rows.append((view - mean.double()[:, None, None]) / std.double()[:, None, None])
+    wanted = torch.cat(rows)
+    weight = torch.rand(wanted.shape, generator=generator)
+    (gradient,) = torch.autograd.grad((batch * weight).sum(), given)
+    (wanted_gradient,) = torch.autograd.grad((wanted * weight.double()).sum(), expected)
+    _compare("batch", batch.detach(), wanted.detach(), 1e-5)
+    _compare("gradient", gradient, wanted_gradient, 1e-5)
+
+
+def _check_sign_step() -> None:
+    """Four pixels by hand: a plain step, one that projection shortens, one that the clamp shortens, one at rest."""
+    images = torch.tensor([0.5, 0.5, 0.99, 0.5]).reshape(1, 1, 2, 2)
+    adv = torch.tensor([0.5, 0.55, 0.99, 0.5]).reshape(1, 1, 2, 2)
+    grad = torch.tensor([-1.0, 2.0, 5.0, 0.0]).reshape(1, 1, 2, 2)
+    momentum = torch.tensor([0.25, 0.0, 0.0, 0.0]).reshape(1, 1, 2, 2)
+    ops.sign_step(adv, images, grad, momentum, alpha=0.04, eps=0.0625, decay=0.5)
+    # The mean of |grad| is 2, so momentum becomes 0.5 * 0.25 - 0.5 = -0.375, 1, 2.5, 0.
+    _compare("momentum", momentum.flatten(), torch.tensor([-0.375, 1.0, 2.5, 0.0]), 1e-6)
+    _compare("adv", adv.flatten(), torch.tensor([0.46, 0.5625, 1.0, 0.5]), 1e-6)
+
+
+def _check_smooth() -> None:
+    """Against a dense convolution with the outer product in float64; the kernel is lopsided to tell flips apart."""
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(2, 3, 7, 6, generator=generator)
+    kernel = torch.tensor([0.1, 0.2, 0.4, 0.25, 0.05])
+    dense = torch.outer(kernel.double(), kernel.double()).expand(3, 1, 5, 5)
+    wanted = torch.nn.functional.conv2d(grad.double(), dense, padding=2, groups=3)
+    _compare("smoothed", ops.smooth(grad, kernel), wanted, 1e-5)
+
+
+def _check_philox_uniform() -> None:
+    """The authors' known answer, then Philox in Python's own integers where every field of counter and key counts."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    _compare("known answer", ops.philox_uniform(zero, zero, (4,), seed=0)[0, 0], _unit(PHILOX_ZEROS), 0.0)
+    images, copies, step, purpose, seed = (3, 2**32 - 1), (0, 70000), 9, 5, 0xA4093822299F31D0
+    draws = ops.philox_uniform(
+        torch.tensor(images), torch.tensor(copies), (2, 3), seed=seed, step=step, purpose=purpose, low=-1.0, high=3.0
+    )
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    for k, copy in enumerate(copies):
+        for n, image in enumerate(images):
+            words = [philox4x32_10((block, image, step, copy << 8 | purpose), key) for block in range(2)]
+            wanted = _unit((*words[0], *words[1]))[:6].reshape(2, 3) * 4 - 1
+            _compare(f"image {image}, copy {copy}", draws[k, n], wanted, 1e-6)
+
+
+def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """One block of Philox4x32-10 (Salmon et al., SC 2011), slow and plain."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        left, right = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (right >> 32) ^ c1 ^ k0, right & 0xFFFFFFFF, (left >> 32) ^ c3 ^ k1, left & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _unit(words: tuple[int, ...]) -> Tensor:
+    return torch.tensor([(word >> 8) / 2**24 for word in words], dtype=torch.float64)
+
+
+SELF_TESTS: dict[str, Callable[[], None]] = {
+    "kl_div_with_logits": _check_kl_div_with_logits,
+    "diversify": _check_diversify,
+    "sign_step": _check_sign_step,
+    "smooth": _check_smooth,
+    "philox_uniform": _check_philox_uniform,
+}
+
+
+def _compare(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    if got.shape != wanted.shape:
+        raise ArithmeticError(f"{name} has shape {list(got.shape)}, expected {list(wanted.shape)}")
+    error = float((got.double() - wanted.double()).abs().max())
+    # Written so that NaN fails too.
+    if not error <= tolerance:
+        raise ArithmeticError(f"{name} is off by {error:.3g}, allowed is {tolerance:g}")

@@ -1,0 +1,262 @@
+"""The transfer matrix: every attack on every source, measured on every target."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from alignfast.attacks import Attack, create
+from alignfast.checks import check_labels
+from alignfast.data import Batch, as_batches
+from alignfast.evaluation.matrix_result import Cell, Comparison, TransferMatrix
+from alignfast.evaluation.statistics import paired
+from alignfast.files import replacing
+from alignfast.models import Classifier, as_classifier, evaluating, fingerprint, fit_size
+from alignfast.progress import Advance
+from alignfast.progress import progress as show_progress
+from alignfast.versions import package_versions
+
+Flags = NDArray[np.bool_]
+# Parameters of a preset with its name, or a function that puts an attack on a source.
+AttackSpec = Mapping[str, Any] | Callable[[nn.Module], Attack]
+
+
+def transfer_matrix(
+    sources: Mapping[str, nn.Module],
+    targets: Mapping[str, nn.Module],
+    attacks: Mapping[str, AttackSpec],
+    data: Iterable[Any],
+    *,
+    qualified: bool = False,
+    baseline: str | None = None,
+    parts: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> TransferMatrix:
+    """Error rates of every target on the adversarial images of every attack on every source.
+
+    Two protocols. All images (the default): the share of all images that the target gets wrong. Qualified: the same
+    among the images that source and target both get right when clean, and on which the attack fools each of them
+    white-box (Ma et al., ECCV 2024, section 4.1, as a conjunction); this needs the attack run on the targets too.
+
+    Args:
+        sources, targets: models by name, images in [0, 1] to logits. A model of another input size is given the
+            images resized.
+        attacks: by name, a mapping such as dict(name="mifgsm", eps=4/255, alpha=1/255, steps=20), or a function from
+            a source to an `Attack`.
+        data: batches (images, labels[, indices]) in the same order every time they are iterated.
+        baseline: the source that the others are compared with, image by image (McNemar); if None, "vanilla", or else
+            the first source.
+        parts: a folder in which the outcome of each attack is kept, to be taken from there by a later call with the
+            same arguments; the folder is not to be shared by different matrices.
+        progress: show progress on standard error.
+
+    Returns:
+        Per cell the rate with its Wilson 95 % interval, the target's clean accuracy and the source's own error rate
+        (white box), both over all images; and the paired comparisons.
+
+    Raises:
+        ValueError: an unknown attack or parameter, an empty mapping, labels outside the classes, data that are empty
+            or change their order; before any attack runs.
+    """
+    for name, mapping in (("sources", sources), ("targets", targets), ("attacks", attacks)):
+        if not mapping:
+            raise ValueError(f"{name}: got none; allowed is at least one")
+    if baseline is not None and baseline not in sources:
+        raise ValueError(f"baseline: got {baseline!r}; allowed is one of {', '.join(sources)}")
+    baseline = baseline or ("vanilla" if "vanilla" in sources else next(iter(sources)))
+    models = {"source": _classifiers(sources), "target": _classifiers(targets)}
+    jobs = _jobs(models, attacks, qualified)
+    data = list(data) if isinstance(data, Iterator) else data
+    measured = _Measured(_labels(data))
+    everyone = [*models["source"].values(), *models["target"].values()]
+    for role, group in models.items():
+        for name, model in group.items():
+            check_labels(f"data's labels for {role} {name}", measured.labels, len(measured.labels), model.num_classes)
+    with evaluating(*everyone), show_progress("transfer", _work(data, jobs, models), "batches", shown=progress) as tick:
+        for model in everyone:
+            if id(model.module) not in measured.right:
+                measured.right[id(model.module)] = ~_wrong(model, [model], data, None, measured.labels, tick)[0]
+        for job in jobs:
+            judges = [job.model] if job.role == "target" else [job.model, *models["target"].values()]
+            part = None if parts is None else Path(parts) / job.file_name
+            wrong = None if part is None else _stored(part, len(measured.labels))
+            if wrong is None:
+                wrong = _wrong(job.model, judges, data, job.attack, measured.labels, tick)
+                if part is not None:
+                    _store(part, wrong)
+            measured.fooled[job.role, job.name, job.attack_name] = wrong
+    return _assemble(models, attacks, measured, qualified, baseline)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An attack to run: on a source, or for the qualified protocol on a target."""
+
+    role: str
+    name: str
+    attack_name: str
+    model: Classifier
+    attack: Attack
+
+    @property
+    def file_name(self) -> str:
+        # Quoted, so that no two jobs share a file and no name reaches out of the folder.
+        return "+".join(quote(part, safe="") for part in (self.role, self.name, self.attack_name)) + ".npz"
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """labels: int64 [N]. right: who is right when clean, [N] by model. fooled: who is wrong after an attack, by role,
+    model and attack; [1, N] for the target itself, [1 + T, N] for the source and the targets."""
+
+    labels: Tensor
+    right: dict[int, Flags] = field(default_factory=dict)
+    fooled: dict[tuple[str, str, str], Flags] = field(default_factory=dict)
+
+
+def _classifiers(models: Mapping[str, nn.Module]) -> dict[str, Classifier]:
+    return {name: as_classifier(model) for name, model in models.items()}
+
+
+def _jobs(
+    models: Mapping[str, Mapping[str, Classifier]], attacks: Mapping[str, AttackSpec], qualified: bool
+) -> list[_Job]:
+    roles = ("source", "target") if qualified else ("source",)
+    return [
+        _Job(role, name, attack_name, model, _attack(spec, model))
+        for role in roles
+        for name, model in models[role].items()
+        for attack_name, spec in attacks.items()
+    ]
+
+
+def _attack(spec: AttackSpec, model: Classifier) -> Attack:
+    if callable(spec):
+        return spec(model)
+    if "name" not in spec:
+        raise ValueError(f"attacks: got {dict(spec)} without a name; allowed is a mapping with the name of an attack")
+    return create(str(spec["name"]), model, **{key: value for key, value in spec.items() if key != "name"})
+
+
+def _work(data: Iterable[Any], jobs: list[_Job], models: Mapping[str, Mapping[str, Classifier]]) -> int:
+    passes = len(jobs) + sum(len(group) for group in models.values())
+    return passes * (len(data) if isinstance(data, Sized) else 1)
+
+
+def _labels(data: Iterable[Any]) -> Tensor:
+    labels = [batch.labels for batch in as_batches(data)]
+    if sum(map(len, labels)) == 0:
+        raise ValueError("data: holds no image; allowed is a loader with at least one")
+    return torch.cat(labels).cpu()
+
+
+def _wrong(
+    source: Classifier,
+    judges: list[Classifier],
+    data: Iterable[Any],
+    attack: Attack | None,
+    labels: Tensor,
+    tick: Advance,
+) -> Flags:
+    """[judges, N]: which images each judge gets wrong after `attack` on `source`, or clean where it is None."""
+    wrong: list[Tensor] = []
+    seen: list[Tensor] = []
+    for batch in as_batches(data):
+        images, truth, indices = _on_device(batch, source)
+        images = fit_size(images, source)
+        if attack is not None:
+            images = attack(images, truth, indices=indices)
+        wrong.append(torch.stack([_predict(judge, images).to(truth.device) != truth for judge in judges]))
+        seen.append(truth)
+        tick(1, "")
+    if not torch.equal(torch.cat(seen).cpu(), labels):
+        raise ValueError("data: the order changes from pass to pass; allowed is a loader that does not shuffle")
+    return torch.cat(wrong, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def _predict(model: Classifier, images: Tensor) -> Tensor:
+    return model.logits(fit_size(images.to(_device(model)), model)).argmax(1)
+
+
+def _on_device(batch: Batch, model: Classifier) -> Batch:
+    device = _device(model)
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def _stored(path: Path, count: int) -> Flags | None:
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as content:
+        wrong: Flags = content["wrong"]
+    return wrong if wrong.shape[1] == count else None
+
+
+def _store(path: Path, wrong: Flags) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        np.savez(temporary, wrong=wrong)
+
+
+def _assemble(
+    models: Mapping[str, Mapping[str, Classifier]],
+    attacks: Mapping[str, AttackSpec],
+    measured: _Measured,
+    qualified: bool,
+    baseline: str,
+) -> TransferMatrix:
+    sources, targets = models["source"], models["target"]
+    cells, comparisons = [], []
+    for attack in attacks:
+        for row, target in enumerate(targets, 1):
+            judged = {source: _counted(models, measured, source, attack, target, qualified, row) for source in sources}
+            for source, (fooled, counts) in judged.items():
+                white_box = measured.fooled["source", source, attack][0]
+                clean = measured.right[id(targets[target].module)]
+                n, errors = int(counts.sum()), int((fooled & counts).sum())
+                rates = {"clean_accuracy": float(clean.mean()), "white_box": float(white_box.mean())}
+                cells.append(Cell.counted(source, attack, target, errors=errors, n=n, **rates))
+                if source != baseline:
+                    both = counts & judged[baseline][1]
+                    result = paired(judged[baseline][0][both], fooled[both])
+                    comparisons.append(Comparison.of(baseline, source, attack, target, result))
+    config = {
+        "protocol": "qualified" if qualified else "all",
+        "baseline": baseline,
+        "images": len(measured.labels),
+        "attacks": {name: dict(spec) if isinstance(spec, Mapping) else repr(spec) for name, spec in attacks.items()},
+        "sources": {name: fingerprint(model) for name, model in sources.items()},
+        "targets": {name: fingerprint(model) for name, model in targets.items()},
+    }
+    return TransferMatrix(tuple(cells), tuple(comparisons), config, package_versions())
+
+
+def _counted(
+    models: Mapping[str, Mapping[str, Classifier]],
+    measured: _Measured,
+    source: str,
+    attack: str,
+    target: str,
+    qualified: bool,
+    row: int,
+) -> tuple[Flags, Flags]:
+    """Which images fool the target, and which ones count."""
+    wrong = measured.fooled["source", source, attack]
+    if not qualified:
+        return wrong[row], np.ones_like(wrong[row])
+    right = [measured.right[id(models[role][name].module)] for role, name in (("source", source), ("target", target))]
+    white_box = [wrong[0], measured.fooled["target", target, attack][0]]
+    return wrong[row], np.logical_and.reduce([*right, *white_box])
