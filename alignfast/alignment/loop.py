@@ -102,7 +102,7 @@ def _fit(
                 _check_batch(model, images, labels, config)
             optimizer.zero_grad(set_to_none=True)
             terms = _losses(model, witnesses, images, labels, config)
-            terms["loss"].backward()  # type: ignore[no-untyped-call]
+            terms["loss"].backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
             pending.append({"step": step, "lr": optimizer.param_groups[0]["lr"], **terms, "grad_norm": norm})
             optimizer.step()

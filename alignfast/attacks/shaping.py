@@ -40,10 +40,10 @@ class Smoothing:
         if check_count("size", self.size) % 2 == 0:
             raise ValueError(f"size: got {self.size}; allowed is an odd whole number")
 
-    def weights(self) -> Tensor:
+    def weights(self, device: torch.device | None = None) -> Tensor:
         """float64 [size], summing to 1; the two-dimensional kernel is their outer product."""
         half = self.size // 2
-        offset = torch.arange(-half, half + 1, dtype=torch.float64)
+        offset = torch.arange(-half, half + 1, dtype=torch.float64, device=device)
         weights = {
             "gaussian": torch.exp(-0.5 * (self.sigma * offset / max(half, 1)) ** 2),
             "uniform": torch.ones_like(offset),
@@ -52,4 +52,5 @@ class Smoothing:
         return weights / weights.sum()
 
     def shape(self, grad: Tensor) -> Tensor:
-        return smooth(grad, self.weights().to(grad))
+        # Computed where the gradient is: a copy from the host would wait for the device at every step.
+        return smooth(grad, self.weights(grad.device).to(grad.dtype))

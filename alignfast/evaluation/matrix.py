@@ -76,7 +76,7 @@ def transfer_matrix(
     models = {"source": _classifiers(sources), "target": _classifiers(targets)}
     jobs = _jobs(models, attacks, qualified)
     data = list(data) if isinstance(data, Iterator) else data
-    measured = _Measured(_labels(data))
+    measured = _Measured(labels_of(data))
     everyone = [*models["source"].values(), *models["target"].values()]
     for role, group in models.items():
         for name, model in group.items():
@@ -84,13 +84,13 @@ def transfer_matrix(
     with evaluating(*everyone), show_progress("transfer", _work(data, jobs, models), "batches", shown=progress) as tick:
         for model in everyone:
             if id(model.module) not in measured.right:
-                measured.right[id(model.module)] = ~_wrong(model, [model], data, None, measured.labels, tick)[0]
+                measured.right[id(model.module)] = ~errors_of(model, [model], data, None, measured.labels, tick)[0]
         for job in jobs:
             judges = [job.model] if job.role == "target" else [job.model, *models["target"].values()]
             part = None if parts is None else Path(parts) / job.file_name
             wrong = None if part is None else _stored(part, len(measured.labels))
             if wrong is None:
-                wrong = _wrong(job.model, judges, data, job.attack, measured.labels, tick)
+                wrong = errors_of(job.model, judges, data, job.attack, measured.labels, tick)
                 if part is not None:
                     _store(part, wrong)
             measured.fooled[job.role, job.name, job.attack_name] = wrong
@@ -152,20 +152,21 @@ def _work(data: Iterable[Any], jobs: list[_Job], models: Mapping[str, Mapping[st
     return passes * (len(data) if isinstance(data, Sized) else 1)
 
 
-def _labels(data: Iterable[Any]) -> Tensor:
+def labels_of(data: Iterable[Any]) -> Tensor:
+    """int64 [N] on the CPU, in the order of the batches; ValueError where there is no image."""
     labels = [batch.labels for batch in as_batches(data)]
     if sum(map(len, labels)) == 0:
         raise ValueError("data: holds no image; allowed is a loader with at least one")
     return torch.cat(labels).cpu()
 
 
-def _wrong(
+def errors_of(
     source: Classifier,
     judges: list[Classifier],
     data: Iterable[Any],
     attack: Attack | None,
     labels: Tensor,
-    tick: Advance,
+    tick: Advance | None = None,
 ) -> Flags:
     """[judges, N]: which images each judge gets wrong after `attack` on `source`, or clean where it is None."""
     wrong: list[Tensor] = []
@@ -177,7 +178,8 @@ def _wrong(
             images = attack(images, truth, indices=indices)
         wrong.append(torch.stack([_predict(judge, images).to(truth.device) != truth for judge in judges]))
         seen.append(truth)
-        tick(1, "")
+        if tick is not None:
+            tick(1, "")
     if not torch.equal(torch.cat(seen).cpu(), labels):
         raise ValueError("data: the order changes from pass to pass; allowed is a loader that does not shuffle")
     return torch.cat(wrong, 1).cpu().numpy()

