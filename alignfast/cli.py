@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.utils.data import Subset
 
 from alignfast.alignment import AlignConfig, align
-from alignfast.alignment.config import BATCH_NORMS, PRECISIONS
+from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
 from alignfast.attacks import PRESETS
 from alignfast.attacks.presets import parameters_of
 from alignfast.checks import check_choice, check_count
@@ -49,6 +49,9 @@ app = typer.Typer(
 )
 # Options that take several values after one name, which the parser knows only as a repeated option.
 SPREAD = ("--targets",)
+# Above this, an unreadable image stops the run when its turn comes, instead of before it.
+MOST_VERIFIED = 2000
+INTERRUPTED = 130
 # typer keeps its parser's exceptions to itself; every usage error has this base.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, ConnectionError)
@@ -63,7 +66,7 @@ BatchSize = Annotated[int, typer.Option(help="Images that go through the model t
 Workers = Annotated[int, typer.Option(help="Processes that read images; 0 reads in this one.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 NumClasses = Annotated[int | None, typer.Option(help="Where it differs from the architecture's default.")]
-Limit = Annotated[int | None, typer.Option(help="Use the first images only.")]
+Limit = Annotated[int | None, typer.Option(help="Use so many images, spread evenly over the data set.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
@@ -82,8 +85,9 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), 2)
     except (OSError, FloatingPointError) as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    # The parser turns an interrupt into this code, and says nothing.
+    if result == INTERRUPTED:
+        return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
@@ -138,6 +142,7 @@ def align_command(
     batch_size: BatchSize = 32,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = AlignConfig.epochs,
     steps: Annotated[int | None, typer.Option(help="Stop after so many iterations instead.")] = None,
+    optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = AlignConfig.optimizer,
     lr: Annotated[float, typer.Option(help="Learning rate; falls to 0 along a cosine.")] = AlignConfig.lr,
     momentum: Annotated[float, typer.Option()] = AlignConfig.momentum,
     weight_decay: Annotated[float, typer.Option()] = AlignConfig.weight_decay,
@@ -159,6 +164,7 @@ def align_command(
         "direction": direction,
         "combine": combine,
         "lambda_cls": lambda_cls,
+        "optimizer": optimizer,
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
@@ -178,7 +184,7 @@ def align_command(
         )
     place = _device(device)
     dataset = load_dataset(data, num_classes=num_classes)
-    dataset.verify()
+    _verify(dataset)
     model = _model(source, source_checkpoint, num_classes).to(place)
     witnesses = [
         _model(spec, checkpoint, num_classes).to(place)
@@ -237,8 +243,8 @@ def attack_command(
     dataset = load_dataset(data, image_size=_side(source, model), num_classes=source.num_classes)
     if targeted and dataset.targets is None:
         raise ValueError(f"targeted: {data} lists no targeted labels; allowed is a labels.csv with targeted_label")
-    subset = _first(dataset, limit)
-    dataset.verify()
+    subset = _spread(dataset, limit)
+    _verify(dataset)
     spec = parameters_of(spec["name"]) | spec
     run_with = {"command": "attack", "model": model, "checkpoint": _text(checkpoint), "data": data, "attack": spec}
     folder = claim_folder(out, run_with | {"limit": limit, "versions": package_versions()})
@@ -315,8 +321,8 @@ def transfer_command(
     }
     first = next(iter(models["sources"].values()))
     dataset = load_dataset(settings.data, image_size=_side(first, "sources"), num_classes=first.num_classes)
-    subset = _first(dataset, settings.limit)
-    dataset.verify()
+    subset = _spread(dataset, settings.limit)
+    _verify(dataset)
     prints = {role: {name: fingerprint(model) for name, model in group.items()} for role, group in models.items()}
     run_with = {"command": "transfer", **asdict(settings), "fingerprints": prints, "versions": package_versions()}
     folder = claim_folder(out, run_with, resume=True)
@@ -386,11 +392,13 @@ def _parameters(pairs: list[str]) -> dict[str, str]:
     return parameters
 
 
-def _first(dataset: ImageDataset, limit: int | None) -> ImageDataset | Subset[Any]:
+def _spread(dataset: ImageDataset, limit: int | None) -> ImageDataset | Subset[Any]:
     if limit is None:
         return dataset
     check_count("limit", limit)
-    return _subset(dataset, range(min(limit, len(dataset))))
+    # Evenly, because a data set is often sorted by class.
+    count = min(limit, len(dataset))
+    return _subset(dataset, [number * len(dataset) // count for number in range(count)])
 
 
 def _subset(dataset: ImageDataset, indices: Sequence[int]) -> Subset[Any]:
@@ -408,6 +416,12 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         raise ValueError(f"device: got {name!r}; allowed here is cpu{', cuda' if count else ' (no CUDA device found)'}")
     return device
+
+
+def _verify(dataset: ImageDataset) -> None:
+    """Read every image before any model runs, unless there are so many that reading them twice would cost too much."""
+    if len(dataset) <= MOST_VERIFIED:
+        dataset.verify()
 
 
 def _text(path: Path | None) -> str | None:

@@ -27,7 +27,8 @@ class MatrixConfig:
 
     data: what `load_dataset` reads. sources, targets: "SPEC", a mapping with the arguments of `load_model` (`model`
     for the name; pretrained unless a checkpoint is given), or {ensemble: [models], combine: ...}. attacks: mappings
-    with a name and parameters, where numbers may be fractions such as 4/255. limit: use the first images only.
+    with a name and parameters, where numbers may be fractions such as 4/255. limit: use so many images, spread
+    evenly over the data set.
     """
 
     data: str

@@ -78,7 +78,9 @@ def measure(folder: Path, seed: int, steps: int, lr: float, images: int) -> tupl
     config = af.AlignConfig(lr=lr, steps=steps, seed=seed)
     views = loader(train, 128, shuffle=True, seed=seed, drop_last=True)
     aligned = af.align(source, witness, views, config, progress=True).model
-    test = torch.utils.data.Subset(load_dataset(folder / "test.npz", num_classes=10), range(images))
+    dataset = load_dataset(folder / "test.npz", num_classes=10)
+    # The file is sorted by class, so a sample of all classes is spread over it.
+    test = torch.utils.data.Subset(dataset, range(0, len(dataset), len(dataset) // images))
     matrix = af.transfer_matrix(
         {"vanilla": source, "aligned": aligned},
         {"resnet32": load_resnet(folder, 32), "resnet44": load_resnet(folder, 44), "resnet20 (witness)": witness},

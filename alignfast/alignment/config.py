@@ -10,6 +10,7 @@ from alignfast.ops.kl_div_with_logits import Combine, Direction
 
 PRECISIONS = ("fp32", "bf16")
 BATCH_NORMS = ("move", "freeze")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class AlignConfig:
         temperature: T of the divergence, greater than 0.
         direction: of the divergence, see `kl_div_with_logits`. combine: over several witnesses, per sample.
         lambda_kd, lambda_cls: weights of the two terms; labels are not read while lambda_cls is 0.
-        lr, momentum, weight_decay, nesterov: of SGD. The rate falls to 0 along a cosine, stepped every iteration.
+        optimizer: "sgd", or "adamw" (betas 0.9 and 0.999), whose momentum and nesterov are not used.
+        lr, momentum, weight_decay, nesterov: of the optimizer. The rate falls to 0 along a cosine, stepped every
+            iteration.
         epochs: passes over the loader. steps: stop after so many iterations instead, over as many passes as it takes.
         clip_norm: bound of the gradient's L2 norm; None for no clipping.
         precision: "fp32", or "bf16" for autocast (weights and update stay float32).
@@ -39,6 +42,7 @@ class AlignConfig:
     combine: Combine = "mean"
     lambda_kd: float = 1.0
     lambda_cls: float = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -59,6 +63,7 @@ class AlignConfig:
         check_number("lr", self.lr, low=0.0, open_low=True)
         check_count("epochs", self.epochs)
         check_count("seed", self.seed, low=0, high=2**63 - 1)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("batch_norm", self.batch_norm, BATCH_NORMS)
         if self.steps is not None:
@@ -67,5 +72,5 @@ class AlignConfig:
             check_number("clip_norm", self.clip_norm, low=0.0, open_low=True)
         if self.lambda_kd == 0 and self.lambda_cls == 0:
             raise ValueError("lambda_kd, lambda_cls: got 0 for both; allowed is at least one above 0")
-        if self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: got True with momentum 0; allowed with a momentum above 0 only")

@@ -87,9 +87,7 @@ def _fit(
     model: Classifier, witnesses: list[Classifier], loader: Iterable[Any], config: AlignConfig, shown: bool
 ) -> list[dict[str, Any]]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
+    optimizer = _optimizer(parameters, config)
     total = _total_steps(loader, config)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     device = parameters[0].device
@@ -114,6 +112,14 @@ def _fit(
     if len(history) < total:
         raise ValueError(f"loader: gave {len(history) + len(pending)} batches; allowed is the {total} that it promised")
     return history
+
+
+def _optimizer(parameters: list[nn.Parameter], config: AlignConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+    )
 
 
 def _losses(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -18,11 +19,18 @@ class AugmentedDataset(Dataset[Sample]):
     """`dataset` seen through a random crop and flip; made by `augmented`. `set_epoch` changes every draw."""
 
     def __init__(
-        self, dataset: ImageDataset, size: tuple[int, int], scale: tuple[float, float], flip: bool, seed: int
+        self,
+        dataset: ImageDataset,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        flip: bool,
+        seed: int,
+        indices: Sequence[int],
     ) -> None:
         self.dataset = dataset
         self.num_classes = dataset.num_classes
         self._seed = seed
+        self._indices = indices
         self._epoch = 0
         crop = v2.RandomResizedCrop(size, scale=scale, antialias=True)
         self._view = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
@@ -31,9 +39,10 @@ class AugmentedDataset(Dataset[Sample]):
         self._epoch = check_count("epoch", epoch, low=0)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self._indices)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, position: int) -> Sample:
+        index = self._indices[position]
         image = self.dataset.read(index)
         # torchvision draws from the global CPU generator. `torch.manual_seed` would reseed the GPUs as well.
         with torch.random.fork_rng(devices=[]):
@@ -50,6 +59,7 @@ def augmented(
     scale: tuple[float, float] = (0.08, 1.0),
     flip: bool = True,
     seed: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> AugmentedDataset:
     """Random resized crops and horizontal flips of the 8-bit images in full resolution.
 
@@ -62,12 +72,16 @@ def augmented(
         scale: smallest and largest part of the image's area in a crop, 0 < smallest <= largest <= 1.
         flip: mirror half of the views.
         seed: of all draws, at least 0.
+        indices: the images to take, by data-set index; None for all.
     """
     height, width = (check_count("size", side) for side in size)
     low, high = scale
     check_number("scale", high, low=0.0, high=1.0, open_low=True)
     check_number("scale", low, low=0.0, high=high, open_low=True)
-    return AugmentedDataset(dataset, (height, width), (low, high), flip, check_count("seed", seed, low=0))
+    chosen = range(len(dataset)) if indices is None else list(indices)
+    for index in chosen:
+        check_count("indices", index, low=0, high=len(dataset) - 1)
+    return AugmentedDataset(dataset, (height, width), (low, high), flip, check_count("seed", seed, low=0), chosen)
 
 
 def stream_seed(purpose: str, *keys: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alignfast.checks import check_count, check_shape
+from alignfast.checks import check_count, check_number, check_shape
 from alignfast.reference import philox_uniform as reference
 
 MAX_COPY = 2**24 - 1
@@ -29,7 +29,8 @@ def philox_uniform(
 
     Word `lane` of block b serves element 4 b + lane of an image's draws; its counter is
     (b, image, step, copy << 8 | purpose) and its key is (low word of seed, high word of seed). The upper 24 bits of
-    the word, times 2^-24, are the draw (Salmon et al., SC 2011).
+    the word, times 2^-24, are the draw (Salmon et al., SC 2011). Other bounds than 0 and 1 are reached by a multiply
+    and an add in float32, whose rounding may give `high` itself.
 
     Args:
         images: int64 [N], data-set indices in [0, 2^32).
@@ -52,6 +53,10 @@ def philox_uniform(
     check_count("seed", seed, low=0, high=2**64 - 1)
     check_count("step", step, low=0, high=2**32 - 1)
     check_count("purpose", purpose, low=0, high=MAX_PURPOSE)
-    if not low <= high:
+    for size in shape:
+        check_count("shape", size, low=0)
+    check_number("low", low)
+    check_number("high", high)
+    if low > high:
         raise ValueError(f"low, high: got {low}, {high}; allowed is low <= high")
     return reference.philox_uniform(images, copies, tuple(shape), seed, step, purpose, low, high)

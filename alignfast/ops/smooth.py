@@ -24,9 +24,11 @@ def smooth(grad: Tensor, kernel: Tensor) -> Tensor:
     check_shape("kernel", kernel.shape, (None,))
     if len(kernel) % 2 == 0:
         raise ValueError(f"kernel: got size {len(kernel)}; allowed is an odd size")
-    if not grad.is_floating_point() or kernel.dtype != grad.dtype or kernel.device != grad.device:
+    if not grad.is_floating_point():
+        raise ValueError(f"grad: got dtype {grad.dtype}; allowed is a floating-point tensor")
+    if kernel.dtype != grad.dtype or kernel.device != grad.device:
         raise ValueError(
             f"kernel: got {kernel.dtype} on {kernel.device} for a gradient of {grad.dtype} on {grad.device}; "
-            "allowed is one floating-point dtype and device"
+            "allowed is one dtype and device"
         )
     return reference.smooth(grad, kernel)

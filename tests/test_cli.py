@@ -1,0 +1,328 @@
+"""The command line as a person uses it: what it writes, and one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import alignfast as af
+from alignfast import cli
+from alignfast.config import MatrixConfig, number
+
+MODEL = "timm:test_resnet"
+SIDE = 160
+CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two networks of random weights, as checkpoints."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        module = timm.create_model("test_resnet", num_classes=CLASSES)
+        af.save_checkpoint(module, folder / f"{name}.safetensors")
+    return str(folder / "a.safetensors"), str(folder / "b.safetensors")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six images with labels and targeted labels, in TransferAttack's layout."""
+    folder = tmp_path / "photos"
+    (folder / "images").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    rows = ["filename,label,targeted_label"]
+    for index in range(6):
+        pixels = generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+        rows.append(f"{index}.png,{index % CLASSES},{(index + 1) % CLASSES}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+Runner = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Run a command that must end with exit code 2 and one line on standard error; gives that line."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        code = cli.run(arguments)
+        line = capsys.readouterr().err
+        assert code == 2
+        assert line.startswith("alignfast: ")
+        assert line.count("\n") == 1
+        return line
+
+    return run
+
+
+def attack(photos: Path, checkpoint: str, out: Path, *more: str, name: str = "mifgsm") -> list[str]:
+    options = ["--num-classes", str(CLASSES), "--eps", "8/255", "--alpha", "4/255", "--steps", "2", "--batch-size", "4"]
+    start = ["attack", "--model", MODEL, "--checkpoint", checkpoint, "--attack", name, "--data", str(photos)]
+    return [*start, "--out", str(out), *options, *more]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_attack_then_evaluate(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    adv, out = tmp_path / "adv", tmp_path / "eval"
+    assert cli.run(attack(photos, checkpoints[0], adv)) == 0
+    moved = [pixels(adv / "images" / f"{i}.png") - pixels(photos / "images" / f"{i}.png") for i in range(6)]
+    assert max(abs(delta).max() for delta in moved) == 8
+    manifest = json.loads((adv / "manifest.json").read_text())
+    assert manifest["attack"] == "mifgsm"
+    assert manifest["parameters"]["decay"] == 1.0
+    assert manifest["eps"] == pytest.approx(8 / 255)
+    targets = [f"first={MODEL}@{checkpoints[0]}", f"second={MODEL}@{checkpoints[1]}"]
+    given = ["--images", str(adv), "--num-classes", str(CLASSES), "--data", str(photos), "--out", str(out)]
+    assert cli.run(["evaluate", *given, "--targets", *targets]) == 0
+    cells = json.loads((out / "matrix.json").read_text())["cells"]
+    assert [cell["target"] for cell in cells] == ["first", "second"]
+    model = af.load_model(MODEL, checkpoint=checkpoints[1], num_classes=CLASSES)
+    images = torch.stack([torch.tensor(pixels(adv / "images" / f"{i}.png")).permute(2, 0, 1) / 255 for i in range(6)])
+    with torch.no_grad():
+        wrong = model(images).argmax(1) != torch.arange(6) % CLASSES
+    assert cells[1]["rate"] == pytest.approx(float(wrong.float().mean()))
+    assert cells[1]["clean_accuracy"] is not None
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_attack_does_not_depend_on_the_batch(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    for size in ("1", "6"):
+        assert cli.run(attack(photos, checkpoints[0], tmp_path / size, "--batch-size", size, name="difgsm")) == 0
+    for index in range(6):
+        one, six = (pixels(tmp_path / size / "images" / f"{index}.png") for size in ("1", "6"))
+        # The network's own rounding may turn the sign of a gradient that is almost zero.
+        assert (one != six).mean() < 0.01
+
+
+def test_targeted_attack_uses_the_targeted_labels(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    assert cli.run(attack(photos, checkpoints[0], tmp_path / "adv", "--targeted", name="bim")) == 0
+    model = af.load_model(MODEL, checkpoint=checkpoints[0], num_classes=CLASSES)
+    images = torch.tensor(pixels(photos / "images" / "0.png")).permute(2, 0, 1)[None] / 255
+    expected = af.attacks.BIM(model, 8 / 255, 4 / 255, 2, targeted=True)(images, torch.tensor([1]))
+    written = torch.tensor(pixels(tmp_path / "adv" / "images" / "0.png")).permute(2, 0, 1)
+    assert ((expected[0] * 255).round() != written).float().mean() < 0.01
+
+
+def test_limit_spreads_over_the_data_set(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    assert cli.run(attack(photos, checkpoints[0], tmp_path / "adv", "--limit", "3")) == 0
+    assert sorted(path.name for path in (tmp_path / "adv" / "images").iterdir()) == ["0.png", "2.png", "4.png"]
+
+
+def test_align_writes_weights_history_and_settings(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    source, witness = checkpoints
+    given = ["align", "--source", MODEL, "--witness", MODEL, "--data", str(photos), "--out", str(out)]
+    weights = ["--source-checkpoint", source, "--witness-checkpoint", witness, "--num-classes", str(CLASSES)]
+    assert cli.run([*given, *weights, "--batch-size", "2", "--epochs", "2", "--lr", "0.01"]) == 0
+    before, after = load_file(source), load_file(out / "aligned.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history] == list(range(1, 7))
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["lr"] == 0.01
+    assert settings["temperature"] == 4.0
+    assert cli.run(attack(photos, str(out / "aligned.safetensors"), tmp_path / "adv")) == 0
+
+
+def matrix_file(photos: Path, checkpoints: tuple[str, str], path: Path, **changes: object) -> Path:
+    models = [{"model": MODEL, "checkpoint": name, "num_classes": CLASSES} for name in checkpoints]
+    content = {
+        "data": str(photos),
+        "sources": {"vanilla": models[0], "both": {"ensemble": models, "combine": "losses"}},
+        "targets": {"b": models[1]},
+        "attacks": {"mi": {"name": "mifgsm", "eps": "8/255", "alpha": "2/255", "steps": 2}},
+        "batch_size": 3,
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_transfer_is_taken_up_where_it_stopped(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = matrix_file(photos, checkpoints, tmp_path / "m.yaml")
+    assert cli.run(["transfer", "--config", str(config), "--out", str(tmp_path / "whole")]) == 0
+    run, calls = af.attacks.Attack.__call__, []
+
+    def interrupted(self: af.attacks.Attack, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(af.attacks.Attack, "__call__", interrupted)
+    arguments = ["transfer", "--config", str(config), "--out", str(tmp_path / "resumed")]
+    assert cli.run(arguments) == 130
+    assert not (tmp_path / "resumed" / "matrix.json").exists()
+    assert cli.run(arguments) == 0
+    # Two batches of the first source were done, so two of the second remain after the interrupted call.
+    assert len(calls) == 5
+    whole, resumed = (json.loads((tmp_path / name / "matrix.json").read_text()) for name in ("whole", "resumed"))
+    assert whole == resumed
+
+
+def test_transfer_refuses_the_folder_of_another_matrix(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner
+) -> None:
+    config = matrix_file(photos, checkpoints, tmp_path / "m.yaml", limit=2)
+    assert cli.run(["transfer", "--config", str(config), "--out", str(tmp_path / "m")]) == 0
+    before = (tmp_path / "m" / "matrix.json").read_bytes()
+    matrix_file(photos, checkpoints, config, limit=3)
+    line = refused("transfer", "--config", str(config), "--out", str(tmp_path / "m"))
+    assert "different run" in line
+    assert (tmp_path / "m" / "matrix.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sorces": {}}, "did you mean 'sources'"),
+        ({"attacks": {"mi": {"name": "mifgms"}}}, "did you mean 'mifgsm'"),
+        ({"attacks": {"mi": {"name": "mifgsm", "epz": 1}}}, "did you mean 'eps'"),
+        ({"attacks": {"mi": {"name": "mifgsm", "eps": "4/x"}}}, "attacks.mi.eps"),
+        ({"attacks": {}}, "attacks"),
+        ({"baseline": "other"}, "baseline"),
+        ({"targets": {"b": {"modl": MODEL}}}, "targets.b"),
+    ],
+)
+def test_matrix_files_with_faults(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner, changes: dict[str, object], said: str
+) -> None:
+    config = matrix_file(photos, checkpoints, tmp_path / "m.yaml", **changes)
+    assert said in refused("transfer", "--config", str(config), "--out", str(tmp_path / "m"))
+    assert not (tmp_path / "m" / "matrix.json").exists()
+
+
+def test_bad_input_to_attack(photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner) -> None:
+    good, out = checkpoints[0], tmp_path / "adv"
+
+    def given(*more: str, data: Path = photos, name: str = "mifgsm") -> str:
+        line = refused(*attack(data, good, out, *more, name=name))
+        assert not out.exists()
+        return line
+
+    assert "mifgsm" in given(name="mifgms")
+    assert "eps" in given("--eps", "-1/255")
+    assert "alpha" in given("--alpha", "-1")
+    assert "steps" in given("--steps", "0")
+    assert "foo" in given("--param", "foo=1")
+    assert "--nothing" in given("--nothing")
+    assert "nowhere" in given(data=tmp_path / "nowhere")
+    assert "'tpu'" in given("--device", "tpu")
+    assert "limit" in given("--limit", "0")
+    assert "resnet18" in refused("attack", "--model", "timm:resnet1x8", *attack(photos, good, out)[3:])
+    (photos / "labels.csv").write_text("filename,lable\n0.png,0\n")
+    assert "lable" in given()
+    (photos / "labels.csv").write_text("filename,label\n0.png,7\n")
+    assert "7" in given()
+    (photos / "labels.csv").write_text("filename,label\n0.png,0\n")
+    assert "targeted" in given("--targeted")
+    whole = (photos / "images" / "0.png").read_bytes()
+    (photos / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
+    assert "0.png" in given()
+
+
+def test_used_and_unwritable_folders(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner
+) -> None:
+    out = tmp_path / "adv"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "already holds files" in refused(*attack(photos, checkpoints[0], out))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert "is a file" in refused(*attack(photos, checkpoints[0], out / "notes.txt"))
+    assert "cannot write" in refused(*attack(photos, checkpoints[0], out / "notes.txt" / "below"))
+
+
+def test_commands_and_options_that_do_not_exist(refused: Runner) -> None:
+    assert "geometri" in refused("geometri")
+    assert "preset" in refused("demo", "--preset", "digit")
+    assert "--images" in refused("evaluate", "--targets", "a", "b")
+
+
+def test_evaluate_refuses_an_unfinished_folder(tmp_path: Path, refused: Runner) -> None:
+    (tmp_path / "adv" / "images").mkdir(parents=True)
+    line = refused("evaluate", "--images", str(tmp_path / "adv"), "--targets", MODEL, "--out", str(tmp_path / "out"))
+    assert "manifest" in line
+
+
+def test_an_interrupt_leaves_no_half_file(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "adv"
+    command = attack(photos, checkpoints[0], out, "--steps", "100", "--batch-size", "1", name="bim")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "alignfast", *command],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 100
+    while not list(out.glob("images/*.png")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.decode().splitlines()[-1] == "alignfast: interrupted"
+    assert not (out / "manifest.json").exists()
+    left = [path for path in out.rglob("*") if path.is_file()]
+    assert all(path.suffix in (".png", ".json") and not path.name.startswith(".") for path in left)
+    for path in out.glob("images/*.png"):
+        Image.open(path).load()
+
+
+def test_doctor_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"backends", "chosen", "self_test"}
+    assert set(report["self_test"].values()) == {"ok"}
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "align", "attack", "evaluate", "transfer", "doctor"):
+        assert cli.run([command, "--help"]) == 0
+        assert command in capsys.readouterr().out
+
+
+def test_several_values_after_one_option() -> None:
+    given = ["evaluate", "--targets", "a", "b", "--out", "c"]
+    assert cli.spread(given) == ["evaluate", "--targets", "a", "--targets", "b", "--out", "c"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.5", 0.5), ("1e-3", 1e-3), (2, 2.0)])
+def test_numbers_as_people_write_them(text: str, value: float) -> None:
+    assert number(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["4/0", "four", "1/2/3", ""])
+def test_what_is_no_number(text: str) -> None:
+    with pytest.raises(ValueError, match="allowed is a number"):
+        number(text)
+
+
+def test_matrix_file_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="config"):
+        MatrixConfig.read(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="mapping"):
+        MatrixConfig.read(tmp_path / "list.yaml")
