@@ -10,6 +10,10 @@ TORCHATTACKS ?= 3.5.1
 EXTRAS ?= test dev imagenet-lite
 ARGS ?=
 
+# glibc hands large freed blocks back to the kernel, and every tensor is then faulted in anew; this keeps them.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build test demo format clean FORCE

@@ -24,7 +24,9 @@ def progress(label: str, total: int, unit: str, *, shown: bool = True) -> Iterat
         with _lines(console, label, total, unit) as advance:
             yield advance
         return
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    # Labels and notes may hold names with brackets or braces, which are no markup or format here.
+    texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[note]}", markup=False))
+    columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1])
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda done, note: bar.update(task, advance=done, note=note)
@@ -37,7 +39,8 @@ def _lines(console: Console, label: str, total: int, unit: str) -> Iterator[Adva
 
     def line() -> None:
         seconds = time.monotonic() - began
-        console.print(f"{label}: {done}/{total} {unit}, {seconds:.0f} s {latest}".rstrip(), highlight=False)
+        text = f"{label}: {done}/{total} {unit}, {seconds:.0f} s {latest}".rstrip()
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def advance(more: int, note: str) -> None:
         nonlocal done, said, latest

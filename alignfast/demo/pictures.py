@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignfast.evaluation.report import Picture
@@ -38,6 +39,6 @@ def examples(
     return Picture(buffer.getvalue(), "Above each image, what a target that the attack has not seen says.")
 
 
-def _pixels(picture: Tensor) -> Tensor:
-    channels_last = picture.clamp(0, 1).permute(1, 2, 0)
-    return torch.squeeze(channels_last, -1) if picture.shape[0] == 1 else channels_last
+def _pixels(picture: Tensor) -> NDArray[np.float32]:
+    pixels: NDArray[np.float32] = picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return pixels[..., 0] if len(picture) == 1 else pixels

@@ -73,28 +73,38 @@ def transfer_matrix(
     if baseline is not None and baseline not in sources:
         raise ValueError(f"baseline: got {baseline!r}; allowed is one of {', '.join(sources)}")
     baseline = baseline or ("vanilla" if "vanilla" in sources else next(iter(sources)))
-    models = {"source": _classifiers(sources), "target": _classifiers(targets)}
+    # One wrapper for each module, so that a model in several roles is one model.
+    wrapped = {id(model): as_classifier(model) for model in (*sources.values(), *targets.values())}
+    models = {
+        "source": {name: wrapped[id(model)] for name, model in sources.items()},
+        "target": {name: wrapped[id(model)] for name, model in targets.items()},
+    }
     jobs = _jobs(models, attacks, qualified)
     data = list(data) if isinstance(data, Iterator) else data
     measured = _Measured(labels_of(data))
-    everyone = [*models["source"].values(), *models["target"].values()]
+    everyone = list(wrapped.values())
+    batches = len(data) if isinstance(data, Sized) else 1
+    total = batches * (len(everyone) + len(jobs))
     for role, group in models.items():
         for name, model in group.items():
             check_labels(f"data's labels for {role} {name}", measured.labels, len(measured.labels), model.num_classes)
-    with evaluating(*everyone), show_progress("transfer", _work(data, jobs, models), "batches", shown=progress) as tick:
+    with evaluating(*everyone), show_progress("transfer", total, "batches", shown=progress) as tick:
         for model in everyone:
-            if id(model.module) not in measured.right:
-                measured.right[id(model.module)] = ~errors_of(model, [model], data, None, measured.labels, tick)[0]
+            measured.right[id(model)] = ~errors_of(model, [model], data, None, measured.labels, tick)[0]
         for job in jobs:
             judges = [job.model] if job.role == "target" else [job.model, *models["target"].values()]
             part = None if parts is None else Path(parts) / job.file_name
-            wrong = None if part is None else _stored(part, len(measured.labels))
+            wrong = None if part is None else _stored(part, (len(judges), len(measured.labels)))
             if wrong is None:
                 wrong = errors_of(job.model, judges, data, job.attack, measured.labels, tick)
                 if part is not None:
                     _store(part, wrong)
+            else:
+                tick(batches, "")
             measured.fooled[job.role, job.name, job.attack_name] = wrong
-    return _assemble(models, attacks, measured, qualified, baseline)
+    described = {job.attack_name: job.attack.parameters() for job in reversed(jobs)}
+    described |= {name: dict(spec) for name, spec in attacks.items() if isinstance(spec, Mapping)}
+    return _assemble(models, {name: described[name] for name in attacks}, measured, qualified, baseline)
 
 
 @dataclass(frozen=True)
@@ -123,10 +133,6 @@ class _Measured:
     fooled: dict[tuple[str, str, str], Flags] = field(default_factory=dict)
 
 
-def _classifiers(models: Mapping[str, nn.Module]) -> dict[str, Classifier]:
-    return {name: as_classifier(model) for name, model in models.items()}
-
-
 def _jobs(
     models: Mapping[str, Mapping[str, Classifier]], attacks: Mapping[str, AttackSpec], qualified: bool
 ) -> list[_Job]:
@@ -145,11 +151,6 @@ def _attack(spec: AttackSpec, model: Classifier) -> Attack:
     if "name" not in spec:
         raise ValueError(f"attacks: got {dict(spec)} without a name; allowed is a mapping with the name of an attack")
     return create(str(spec["name"]), model, **{key: value for key, value in spec.items() if key != "name"})
-
-
-def _work(data: Iterable[Any], jobs: list[_Job], models: Mapping[str, Mapping[str, Classifier]]) -> int:
-    passes = len(jobs) + sum(len(group) for group in models.values())
-    return passes * (len(data) if isinstance(data, Sized) else 1)
 
 
 def labels_of(data: Iterable[Any]) -> Tensor:
@@ -199,12 +200,12 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
-def _stored(path: Path, count: int) -> Flags | None:
+def _stored(path: Path, shape: tuple[int, int]) -> Flags | None:
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as content:
         wrong: Flags = content["wrong"]
-    return wrong if wrong.shape[1] == count else None
+    return wrong if wrong.shape == shape else None
 
 
 def _store(path: Path, wrong: Flags) -> None:
@@ -215,7 +216,7 @@ def _store(path: Path, wrong: Flags) -> None:
 
 def _assemble(
     models: Mapping[str, Mapping[str, Classifier]],
-    attacks: Mapping[str, AttackSpec],
+    attacks: Mapping[str, Mapping[str, Any]],
     measured: _Measured,
     qualified: bool,
     baseline: str,
@@ -227,7 +228,7 @@ def _assemble(
             judged = {source: _counted(models, measured, source, attack, target, qualified, row) for source in sources}
             for source, (fooled, counts) in judged.items():
                 white_box = measured.fooled["source", source, attack][0]
-                clean = measured.right[id(targets[target].module)]
+                clean = measured.right[id(targets[target])]
                 n, errors = int(counts.sum()), int((fooled & counts).sum())
                 rates = {"clean_accuracy": float(clean.mean()), "white_box": float(white_box.mean())}
                 cells.append(Cell.counted(source, attack, target, errors=errors, n=n, **rates))
@@ -239,7 +240,7 @@ def _assemble(
         "protocol": "qualified" if qualified else "all",
         "baseline": baseline,
         "images": len(measured.labels),
-        "attacks": {name: dict(spec) if isinstance(spec, Mapping) else repr(spec) for name, spec in attacks.items()},
+        "attacks": attacks,
         "sources": {name: fingerprint(model) for name, model in sources.items()},
         "targets": {name: fingerprint(model) for name, model in targets.items()},
     }
@@ -259,6 +260,6 @@ def _counted(
     wrong = measured.fooled["source", source, attack]
     if not qualified:
         return wrong[row], np.ones_like(wrong[row])
-    right = [measured.right[id(models[role][name].module)] for role, name in (("source", source), ("target", target))]
+    right = [measured.right[id(models[role][name])] for role, name in (("source", source), ("target", target))]
     white_box = [wrong[0], measured.fooled["target", target, attack][0]]
     return wrong[row], np.logical_and.reduce([*right, *white_box])
