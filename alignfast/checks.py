@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ def check_number(
     name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
     """A finite real number in [low, high], or in (low, high] with `open_low`; else ValueError."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or value < low or value > high or (open_low and value == low):
         raise ValueError(f"{name}: got {value!r}; allowed is {_interval(low, high, open_low)}")
     return float(value)
@@ -81,8 +82,8 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int | None)
         return
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or (num_classes is not None and high >= num_classes):
-        top = "" if num_classes is None else f"{num_classes - 1}"
-        raise ValueError(f"{name}: values span [{low}, {high}]; allowed is [0, {top}]")
+        allowed = "at least 0" if num_classes is None else f"[0, {num_classes - 1}]"
+        raise ValueError(f"{name}: values span [{low}, {high}]; allowed is {allowed}")
 
 
 def _interval(low: float, high: float, open_low: bool) -> str:
@@ -90,4 +91,6 @@ def _interval(low: float, high: float, open_low: bool) -> str:
         return "a finite number"
     if high == math.inf:
         return f"a number {'greater than' if open_low else 'of at least'} {low:g}"
+    if low == -math.inf:
+        return f"a number of at most {high:g}"
     return f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"

@@ -51,13 +51,18 @@ def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resu
     true and its `config.json` equals `run`.
 
     Raises:
-        ValueError: the folder is in use by another run, is a file, or cannot be written; nothing is changed then.
+        ValueError: the folder is in use by another run, is a file, or cannot be read or written; nothing
+            is changed then.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; give a folder")
     wanted = json.loads(json.dumps(run))
-    if folder.is_dir() and any(folder.iterdir()):
+    try:
+        used = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"out: cannot read {folder} ({error.strerror}); give a writable folder") from error
+    if used:
         if not resume:
             raise ValueError(f"out: {folder} already holds files; give a new or an empty folder")
         if read_run(folder) != wanted:

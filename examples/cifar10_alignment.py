@@ -72,9 +72,12 @@ def load_resnet(folder: Path, depth: int) -> af.Classifier:
     return model.eval()
 
 
-def measure(folder: Path, seed: int, steps: int, lr: float, images: int) -> tuple[TransferMatrix, af.Classifier]:
+def measure(
+    folder: Path, seed: int, steps: int, lr: float, images: int, crop: float
+) -> tuple[TransferMatrix, af.Classifier]:
     source, witness = load_resnet(folder, 56), load_resnet(folder, 20)
-    train = augmented(load_dataset(folder / "train.npz", num_classes=10), (32, 32), scale=(0.6, 1.0), seed=seed)
+    data = load_dataset(folder / "train.npz", num_classes=10)
+    train = augmented(data, (32, 32), scale=(crop, 1.0), seed=seed)
     config = af.AlignConfig(lr=lr, steps=steps, seed=seed)
     views = loader(train, 128, shuffle=True, seed=seed, drop_last=True)
     aligned = af.align(source, witness, views, config, progress=True).model
@@ -99,9 +102,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--crop", type=float, default=0.6, help="least area of the random crops")
     args = parser.parse_args()
     for seed in range(args.seeds):
-        matrix, aligned = measure(args.data, seed, args.steps, args.lr, args.images)
+        matrix, aligned = measure(args.data, seed, args.steps, args.lr, args.images, args.crop)
         Console().print(matrix.table())
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

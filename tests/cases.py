@@ -8,11 +8,27 @@ HALF_DTYPES = [torch.bfloat16, torch.float16]
 # [B, C]; 21,841 classes are those of ImageNet-21k.
 LOGITS = [(0, 10), (1, 1), (4, 1), (1, 2), (5, 7), (3, 1000), (2, 21841)]
 # [N, C, H, W]: none, single pixels, odd and unequal sides, other than three channels, a width above any vector's.
-IMAGES = [(0, 3, 4, 4), (1, 3, 1, 1), (4, 3, 1, 1), (2, 3, 7, 5), (3, 1, 9, 9), (2, 4, 1, 6), (2, 3, 16, 67), (5, 2, 32, 32)]
+IMAGES = [
+    (0, 3, 4, 4),
+    (1, 3, 1, 1),
+    (4, 3, 1, 1),
+    (2, 3, 7, 5),
+    (3, 1, 9, 9),
+    (2, 4, 1, 6),
+    (2, 3, 16, 67),
+    (5, 2, 32, 32),
+]
 # (N, C, side): diversify resizes square images.
 SQUARES = [(0, 3, 4), (1, 3, 1), (3, 1, 2), (2, 3, 7), (4, 3, 16), (2, 2, 33)]
 # [N, C, H, W] and the size of the kernel, also larger than the image.
-SMOOTHING = [((0, 3, 5, 5), 3), ((1, 3, 1, 1), 1), ((2, 3, 1, 1), 5), ((2, 1, 6, 9), 3), ((2, 3, 7, 5), 15), ((1, 3, 33, 32), 7)]
+SMOOTHING = [
+    ((0, 3, 5, 5), 3),
+    ((1, 3, 1, 1), 1),
+    ((2, 3, 1, 1), 5),
+    ((2, 1, 6, 9), 3),
+    ((2, 3, 7, 5), 15),
+    ((1, 3, 33, 32), 7),
+]
 
 
 def random(shape, seed, dtype=torch.float64, low=0.0, high=1.0):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def align(
     config = config or AlignConfig()
     witnesses = [as_classifier(model) for model in (witness if isinstance(witness, Sequence) else [witness])]
     model = as_classifier(source)
+    if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
+        raise ValueError(f"checkpoint: got {checkpoint}; allowed is a .safetensors file")
     _check_models(model, witnesses)
     if not in_place:
         model = copy.deepcopy(model)

@@ -50,6 +50,8 @@ class Classifier(nn.Module):
                 raise ValueError(f"std: got {list(std)}; allowed are numbers greater than 0")
         if num_classes is not None:
             check_count("num_classes", num_classes)
+        for size in input_size or ():
+            check_count("input_size", size)
         self.module = module
         self.num_classes = num_classes
         self.input_size = None if input_size is None else (input_size[0], input_size[1], input_size[2])
@@ -75,7 +77,9 @@ class Classifier(nn.Module):
 
     def logits_of(self, render: Render) -> Tensor:
         """Logits [B, num_classes] of the batch that `render` builds, without any check."""
-        logits: Tensor = self.module(render(self.mean, self.std))
+        output = self.module(render(self.mean, self.std))
+        # Networks with auxiliary heads (Inception-v3, GoogLeNet) give a tuple in training mode, the logits first.
+        logits: Tensor = output if isinstance(output, Tensor) else output[0]
         return logits
 
     def heads(self, render: Render) -> Tensor:
@@ -102,7 +106,10 @@ def fit_size(images: Tensor, model: Classifier) -> Tensor:
     """`images` at the model's own height and width: bilinear, antialiased, differentiable; unchanged if they fit."""
     if model.input_size is None or tuple(images.shape[-2:]) == model.input_size[1:]:
         return images
-    return interpolate(images, size=model.input_size[1:], mode="bilinear", antialias=True).clamp(0, 1)
+    # Torch has no antialiasing of half precision on CPUs.
+    wide = images if images.dtype == torch.float64 else images.float()
+    fitted = interpolate(wide, size=model.input_size[1:], mode="bilinear", antialias=True)
+    return fitted.clamp(0, 1).to(images.dtype)
 
 
 @contextmanager

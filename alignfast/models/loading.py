@@ -47,6 +47,7 @@ def load_model(
     Raises:
         ValueError: an unknown name (with the nearest one), options that exclude each other, or a checkpoint that does
             not fit. FileNotFoundError: no such checkpoint. ModuleNotFoundError: a weights package is not installed.
+        ConnectionError: pretrained weights that are neither here nor to be downloaded.
     """
     source, _, name = spec.partition(":")
     check_choice("model", source, SOURCES)
@@ -54,7 +55,11 @@ def load_model(
         raise ValueError("pretrained, weights, checkpoint: got several; allowed is one of them")
     if source != "torchvision" and weights is not None:
         raise ValueError(f"weights: got {weights!r} for {spec}; allowed with torchvision only (timm names take a tag)")
-    model = SOURCES[source](name, pretrained, weights, num_classes)
+    try:
+        model = SOURCES[source](name, pretrained, weights, num_classes)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"model: the weights of {spec} cannot be had ({reason}); a checkpoint can") from error
     if input_size is not None:
         model.input_size = input_size
     if checkpoint is not None:

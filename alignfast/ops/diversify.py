@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,21 +92,23 @@ def diversify(
     grid = (copies, len(images))
     if noise is not None:
         check_number("noise.radius", noise.radius, low=0.0)
-        check_shape("noise.images", noise.images.shape, (len(images),))
-        check_shape("noise.copies", noise.copies.shape, (copies,))
+        _check_part("noise.images", noise.images, (len(images),), images, torch.int64)
+        _check_part("noise.copies", noise.copies, (copies,), images, torch.int64)
     if mixing is not None:
-        check_shape("mixing.pool", mixing.pool.shape, (None, *images.shape[1:]))
-        check_shape("mixing.partner", mixing.partner.shape, grid)
-        check_shape("mixing.weight", mixing.weight.shape, grid)
+        _check_part("mixing.pool", mixing.pool, (None, *images.shape[1:]), images)
+        _check_part("mixing.partner", mixing.partner, grid, images, torch.int64)
+        _check_part("mixing.weight", mixing.weight, grid, images)
     if scale is not None:
-        check_shape("scale", scale.shape, grid)
+        _check_part("scale", scale, grid, images)
     if resize_pad is not None:
         _check_geometry(resize_pad, images, grid)
     if (mean is None) != (std is None):
         raise ValueError("mean, std: got one of them; allowed is both or neither")
     for name, value in (("mean", mean), ("std", std)):
         if value is not None:
-            check_shape(name, value.shape, (images.shape[1],))
+            _check_part(name, value, (images.shape[1],), images)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}; allowed is a floating-point dtype")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format: got {memory_format}; allowed is contiguous_format or channels_last")
     return reference.diversify(
@@ -119,4 +122,14 @@ def _check_geometry(geometry: ResizePad, images: Tensor, grid: tuple[int, int]) 
         raise ValueError(f"resize_pad: got images of {height} x {width}; allowed is square images")
     check_count("resize_pad.padded", geometry.padded, low=height)
     for name in ("resized", "top", "left"):
-        check_shape(f"resize_pad.{name}", getattr(geometry, name).shape, grid)
+        _check_part(f"resize_pad.{name}", getattr(geometry, name), grid, images, torch.int64)
+
+
+def _check_part(
+    name: str, part: Tensor, shape: Sequence[int | None], images: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    check_shape(name, part.shape, shape)
+    if dtype is not None and part.dtype != dtype:
+        raise ValueError(f"{name}: got dtype {part.dtype}; allowed is {dtype}")
+    if part.device != images.device:
+        raise ValueError(f"{name}: on {part.device}; allowed is the device of images, {images.device}")

@@ -40,7 +40,7 @@ def diversify(
         )
         x = x + draws
     if mixing is not None:
-        x = x + _per_image(mixing.weight, x) * mixing.pool[mixing.partner]
+        x = x + _per_image(mixing.weight, x) * mixing.pool.detach()[mixing.partner]
     if scale is not None:
         x = x * _per_image(scale, x)
     if resize_pad is not None:

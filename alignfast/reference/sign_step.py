@@ -20,24 +20,33 @@ def sign_step(
 ) -> None:
     if adv.numel() == 0:
         return
+    # Sizes are taken in float32 for half precision, where the mean of a small gradient would round to zero.
+    wide = torch.float64 if adv.dtype == torch.float64 else torch.float32
     direction = grad
     if momentum is not None:
-        momentum.mul_(decay).add_(_divide(grad, grad.abs().mean((1, 2, 3), keepdim=True)))
+        momentum.mul_(decay).add_(_divide(grad, grad.abs().mean((1, 2, 3), keepdim=True, dtype=wide)))
         direction = momentum
     if norm == "linf":
         adv.add_(direction.sign(), alpha=alpha)
         delta = (adv - images).clamp_(-eps, eps)
     else:
-        adv.add_(_divide(direction, _l2(direction)), alpha=alpha)
+        adv.add_(_unit(direction.to(wide)), alpha=alpha)
         delta = adv - images
-        length = _l2(delta)
-        delta = torch.where(length > eps, delta * (eps / length), delta)
+        length = _l2(delta.to(wide))
+        delta = torch.where(length > eps, delta * (eps / length), delta).to(adv.dtype)
     torch.clamp(images + delta, low, high, out=adv)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """direction / ||direction||_2 per image, and zero where it is zero throughout."""
+    # With a largest element of 1, squares neither vanish nor overflow, and only an image of zeros is shorter than 1.
+    scaled = _divide(direction, direction.abs().amax((1, 2, 3), keepdim=True))
+    return scaled / _l2(scaled).clamp(min=1)
 
 
 def _divide(grad: Tensor, size: Tensor) -> Tensor:
     """grad / size, and zero where the whole gradient of an image is zero."""
-    return torch.where(size > 0, grad / size, torch.zeros_like(grad))
+    return torch.where(size > 0, grad / size, 0)
 
 
 def _l2(x: Tensor) -> Tensor:

@@ -503,3 +503,8 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     assert captured.err.endswith(f"loss {result.history[-1]['loss']:.4f}\n")
     align(classifier(0), classifier(11), batches(3), config_of())
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_checkpoint_that_could_not_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint: got .*allowed is a \.safetensors file"):
+        align(torch.nn.Identity(), torch.nn.Identity(), iter(()), checkpoint=tmp_path / "aligned.pt")
