@@ -34,7 +34,7 @@ from alignfast.data import (
 )
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.evaluation.images import evaluate_images
-from alignfast.evaluation.outputs import write_results
+from alignfast.evaluation.outputs import show, write_results
 from alignfast.files import claim_folder, write_text
 from alignfast.models import Classifier, fingerprint, load_model, save_checkpoint
 from alignfast.progress import progress
@@ -430,7 +430,4 @@ def _text(path: Path | None) -> str | None:
 
 def _finish(matrix: TransferMatrix, folder: Path, title: str) -> None:
     paths = write_results(matrix, folder, title=title)
-    console = Console()
-    # A table that is piped must not be folded at the width of a terminal that is not there.
-    print(matrix.text()) if not console.is_terminal else console.print(matrix.table())
-    print(f"written: {', '.join(map(str, paths))}")
+    show(matrix, paths, Console())

@@ -99,10 +99,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--crop", type=float, default=0.6, help="least area of the random crops")
+    parser.add_argument("--crop", type=float, default=0.9, help="least area of the random crops")
     args = parser.parse_args()
     for seed in range(args.seeds):
         matrix, aligned = measure(args.data, seed, args.steps, args.lr, args.images, args.crop)

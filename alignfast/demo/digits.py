@@ -19,7 +19,7 @@ from alignfast.attacks import create
 from alignfast.data import Loader, loader
 from alignfast.demo.pictures import examples
 from alignfast.evaluation import TransferMatrix, transfer_matrix
-from alignfast.evaluation.outputs import write_results
+from alignfast.evaluation.outputs import show, write_results
 from alignfast.evaluation.pooling import pool
 from alignfast.evaluation.report import Section
 from alignfast.models import Classifier
@@ -63,8 +63,8 @@ def run(out: Path, console: Console) -> TransferMatrix:
     matrix = pool(matrices)
     extra = [runs[0][1], _by_seed(matrices), Section("Settings of the demonstration", facts=settings())]
     paths = write_results(matrix, out, title="Transfer before and after alignment: digits", extra=extra)
-    console.print(matrix.table())
-    console.print(f"{len(SEEDS)} seeds in {time.monotonic() - began:.0f} s; written: {', '.join(map(str, paths))}")
+    show(matrix, paths, console)
+    console.out(f"{len(SEEDS)} seeds in {time.monotonic() - began:.0f} s", highlight=False)
     return matrix
 
 

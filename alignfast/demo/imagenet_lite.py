@@ -19,7 +19,7 @@ from alignfast.alignment import AlignConfig, align
 from alignfast.checks import check_count
 from alignfast.data import ImageDataset, augmented, load_dataset, loader
 from alignfast.evaluation import TransferMatrix, transfer_matrix
-from alignfast.evaluation.outputs import write_results
+from alignfast.evaluation.outputs import show, write_results
 from alignfast.evaluation.report import Section
 from alignfast.files import replacing
 from alignfast.models import Classifier, load_model
@@ -125,8 +125,8 @@ def run(plan: Plan, out: Path, console: Console) -> TransferMatrix:
     )
     sections = [Section("Settings of the demonstration", facts=plan.settings())]
     paths = write_results(matrix, out, title="Transfer before and after alignment: EfficientNet-Lite", extra=sections)
-    console.print(matrix.table())
-    console.print(f"{time.monotonic() - began:.0f} s; written: {', '.join(map(str, paths))}")
+    show(matrix, paths, console)
+    console.out(f"{time.monotonic() - began:.0f} s", highlight=False)
     return matrix
 
 
