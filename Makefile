@@ -7,7 +7,7 @@ TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
 TIMM ?= 1.0.31
 TORCHATTACKS ?= 3.5.1
-EXTRAS ?= test dev imagenet-lite
+EXTRAS ?= test dev imagenet-lite formats
 ARGS ?=
 
 # glibc hands large freed blocks back to the kernel, and every tensor is then faulted in anew; this keeps them.
