@@ -13,6 +13,9 @@ from alignfast.ops import philox_uniform
 DRAWS_PER_SLOT = 8
 SLOTS = 32
 START_SLOT = 0
+FIRST_SLOT = 1
+# An estimator's further passes, such as those over neighbours, are apart from the pass over the images themselves.
+FURTHER_SLOT = SLOTS // 2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignfast.attacks.draws import SLOTS, START_SLOT, Draws
+from alignfast.attacks.draws import FIRST_SLOT, FURTHER_SLOT, START_SLOT, Draws
 from alignfast.attacks.estimators import Estimator, Moment, Plain
 from alignfast.attacks.objectives import CrossEntropy, Objective
 from alignfast.attacks.shaping import Shaping
@@ -70,8 +70,9 @@ class Attack:
         check_count("seed", self.seed, low=0, high=2**64 - 1)
         if self.max_batch is not None:
             check_count("max_batch", self.max_batch)
-        if len(self.transforms) > SLOTS - 3:
-            raise ValueError(f"transforms: got {len(self.transforms)}; allowed are at most {SLOTS - 3}")
+        most = FURTHER_SLOT - FIRST_SLOT - 1
+        if len(self.transforms) > most:
+            raise ValueError(f"transforms: got {len(self.transforms)}; allowed are at most {most}")
 
     def __call__(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Adversarial images, of the shape, dtype and device of `images`.
@@ -137,18 +138,18 @@ class Attack:
         grad = torch.zeros_like(point)
         for first in range(0, total, together):
             copies = torch.arange(first, min(first + together, total), device=point.device)
-            draws = Draws(self.seed, number, indices, copies)
+            draws = Draws(self.seed, number, indices, copies, FURTHER_SLOT if before else FIRST_SLOT)
             grad += self._gradient_of(source, labels, point, chain, draws)
         return grad / total
 
     def _gradient_of(
         self, source: Classifier, labels: Tensor, point: Tensor, chain: Sequence[Transform], draws: Draws
     ) -> Tensor:
-        """The gradient of the objective, summed over the copies in `draws`."""
+        """The gradient of the objective, summed over the copies in `draws`, which begin at the slot of the first."""
         leaf = point.detach().requires_grad_()
         views, stride = Views(leaf, len(draws.copies)), 1
         with torch.enable_grad():
-            for slot, transform in enumerate(chain, START_SLOT + 1):
+            for slot, transform in enumerate(chain, draws.slot):
                 views = transform.view(views, draws.copies // stride % transform.copies, draws.at(slot))
                 stride *= transform.copies
             heads = source.heads(views.render)

@@ -21,6 +21,7 @@ from alignfast.attacks import (
     VarianceTuning,
     create,
 )
+from alignfast.attacks.draws import Draws
 from alignfast.attacks.estimators import Gradient, Moment
 from alignfast.models import Classifier, Ensemble, as_classifier
 
@@ -483,8 +484,8 @@ def test_every_preset_checks_eps_and_source(name: str) -> None:
 
 def test_too_many_transforms_or_copies_are_refused() -> None:
     module = Counting()
-    with pytest.raises(ValueError, match="transforms: got 30; allowed are at most 29"):
-        Attack(module, 0.1, 0.1, 1, transforms=[Scales(1)] * 30)
+    with pytest.raises(ValueError, match="transforms: got 15; allowed are at most 14"):
+        Attack(module, 0.1, 0.1, 1, transforms=[Scales(1)] * 15)
     attack = Attack(module, 0.1, 0.1, 1, transforms=[Neighbors(2**12, 0.1), Neighbors(2**12, 0.1)])
     with pytest.raises(ValueError, match="transforms: 16777216 copies an image"):
         attack(photos(1), labels_of(1))
@@ -493,7 +494,7 @@ def test_too_many_transforms_or_copies_are_refused() -> None:
 
 def test_as_many_transforms_as_are_allowed() -> None:
     """The last of them still has draws of its own, also behind the neighbours of variance tuning."""
-    chain = [Neighbors(1, 0.01)] * 29
+    chain = [Neighbors(1, 0.01)] * 14
     attack = Attack(Halving(), 0.1, 0.05, 2, transforms=chain, estimator=VarianceTuning(2, 1.5))
     assert attack(photos(2), labels_of(2)).shape == (2, CHANNELS, SIDE, SIDE)
 
@@ -528,3 +529,22 @@ def test_any_combination_can_be_built_by_hand() -> None:
     for name, attack in by_hand.items():
         assert torch.equal(attack(images, labels), create(name, model, seed=2)(images, labels)), name
     assert as_classifier(model).module is model
+
+
+def test_no_two_draws_of_a_step_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither two components nor two passes of variance tuning share a draw."""
+    drawn: list[tuple[int, int]] = []
+    original = Draws.purpose
+
+    def purpose(self: Draws, number: int) -> int:
+        key = original(self, number)
+        drawn.append((self.step, key))
+        return key
+
+    monkeypatch.setattr(Draws, "purpose", purpose)
+    chain = [InputDiversity(0.9, 0.5), Neighbors(2, 0.01)]
+    attack = Attack(Halving(), 0.1, 0.05, 2, transforms=chain, estimator=VarianceTuning(2, 1.5))
+    attack(photos(2), labels_of(2))
+    # Per pass 4 draws of the diversity and one of the noise; the first step has a second pass behind one more noise.
+    assert len(drawn) == 5 + 6 + 5
+    assert len(set(drawn)) == len(drawn)

@@ -69,7 +69,8 @@ def unit(g: Tensor) -> Tensor:
 
 
 def noise(radius: float, step: int, purpose: int, copies: int = 1) -> Tensor:
-    """[copies, N, 3, SIDE, SIDE]; purpose is 8 times the component's place (0 for the start) plus the draw's number."""
+    """[copies, N, 3, SIDE, SIDE]; purpose is 8 times the slot plus the draw's number; the start has slot 0,
+    transforms count from 1, and neighbours and what follows them from 16."""
     return philox_uniform(
         INDICES,
         torch.arange(copies),
@@ -149,7 +150,7 @@ def variance_tuned(images: Tensor, grad: Gradient, look: float, neighbors: int =
     adv, m, v = images, torch.zeros_like(images), torch.zeros_like(images)
     for step in range(STEPS):
         g = grad(adv + look * ALPHA * DECAY * m)
-        around = noise(beta * EPS, step, 8, neighbors)
+        around = noise(beta * EPS, step, 8 * 16, neighbors)
         tuned, v = g + v, torch.stack([grad(adv + r) for r in around]).mean(0) - g
         m = DECAY * m + unit(tuned)
         adv = clip(adv + ALPHA * m.sign(), images)
