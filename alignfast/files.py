@@ -47,8 +47,9 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resume: bool = False) -> Path:
     """Make `folder` the output of one run and write what it was run with to `config.json` in it.
 
-    A folder that does not exist or is empty is taken. One that already holds files is refused, unless `resume` is
-    true and its `config.json` equals `run`.
+    A folder that does not exist or is empty is taken, and so is one that holds nothing but the `config.json` of the
+    same run, which stopped before it had a result. Any other is refused, unless `resume` is true and its `config.json`
+    equals `run`.
 
     Raises:
         ValueError: the folder is in use by another run, is a file, or cannot be read or written; nothing
@@ -59,11 +60,11 @@ def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resu
         raise ValueError(f"out: {folder} is a file; give a folder")
     wanted = json.loads(json.dumps(run))
     try:
-        used = folder.is_dir() and any(folder.iterdir())
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     except OSError as error:
         raise ValueError(f"out: cannot read {folder} ({error.strerror}); give a writable folder") from error
-    if used:
-        if not resume:
+    if held:
+        if not resume and held != {RUN_FILE}:
             raise ValueError(f"out: {folder} already holds files; give a new or an empty folder")
         if read_run(folder) != wanted:
             raise ValueError(f"out: {folder} holds the results of a different run; give a new or an empty folder")

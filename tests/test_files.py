@@ -144,6 +144,7 @@ def test_a_new_or_empty_folder_is_taken(tmp_path, existing, resume):
 
 def test_a_folder_in_use_is_refused_without_resume(tmp_path):
     claim_folder(tmp_path, RUN)
+    (tmp_path / "result").write_text("x")
     with pytest.raises(ValueError, match=r"^out: .* already holds files; give a new or an empty folder"):
         claim_folder(tmp_path, RUN)
     (tmp_path / "other").mkdir()
@@ -207,3 +208,13 @@ def test_files_and_unwritable_places_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(ValueError, match=r"^out: cannot read .*closed \(Permission denied\)"):
         claim_folder(tmp_path / "closed", RUN)
+
+
+def test_a_run_that_stopped_before_it_had_a_result_is_taken_again(tmp_path):
+    claim_folder(tmp_path, {"seed": 1})
+    claim_folder(tmp_path, {"seed": 1})
+    with pytest.raises(ValueError, match="different run"):
+        claim_folder(tmp_path, {"seed": 2})
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="already holds files"):
+        claim_folder(tmp_path, {"seed": 1})
