@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -56,7 +58,7 @@ def transfer_matrix(
         baseline: the source that the others are compared with, image by image (McNemar); if None, "vanilla", or else
             the first source.
         parts: a folder in which the outcome of each attack is kept, to be taken from there by a later call with the
-            same arguments; the folder is not to be shared by different matrices.
+            same attack, models and labels under the same names; the images are taken to be the same.
         progress: show progress on standard error.
 
     Returns:
@@ -93,12 +95,12 @@ def transfer_matrix(
             measured.right[id(model)] = ~errors_of(model, [model], data, None, measured.labels, tick)[0]
         for job in jobs:
             judges = [job.model] if job.role == "target" else [job.model, *models["target"].values()]
-            part = None if parts is None else Path(parts) / job.file_name
-            wrong = None if part is None else _stored(part, (len(judges), len(measured.labels)))
+            part = None if parts is None else _Part(Path(parts) / job.file_name, job.identity(judges, measured.labels))
+            wrong = None if part is None else part.read()
             if wrong is None:
                 wrong = errors_of(job.model, judges, data, job.attack, measured.labels, tick)
                 if part is not None:
-                    _store(part, wrong)
+                    part.write(wrong)
             else:
                 tick(batches, "")
             measured.fooled[job.role, job.name, job.attack_name] = wrong
@@ -121,6 +123,31 @@ class _Job:
     def file_name(self) -> str:
         # Quoted, so that no two jobs share a file and no name reaches out of the folder.
         return "+".join(quote(part, safe="") for part in (self.role, self.name, self.attack_name)) + ".npz"
+
+    def identity(self, judges: list[Classifier], labels: Tensor) -> str:
+        """What decides the outcome, as text."""
+        prints = [fingerprint(model) for model in (self.model, *judges)]
+        digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+        return json.dumps([self.attack.parameters(), prints, digest])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The outcome of one job on disk, which counts only for the identity that it was written with."""
+
+    path: Path
+    identity: str
+
+    def read(self) -> Flags | None:
+        if not self.path.is_file():
+            return None
+        with np.load(self.path, allow_pickle=False) as content:
+            return content["wrong"] if str(content["identity"]) == self.identity else None
+
+    def write(self, wrong: Flags) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:
+            np.savez(temporary, wrong=wrong, identity=np.array(self.identity))
 
 
 @dataclass(frozen=True)
@@ -198,20 +225,6 @@ def _on_device(batch: Batch, model: Classifier) -> Batch:
 
 def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-
-
-def _stored(path: Path, shape: tuple[int, int]) -> Flags | None:
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as content:
-        wrong: Flags = content["wrong"]
-    return wrong if wrong.shape == shape else None
-
-
-def _store(path: Path, wrong: Flags) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        np.savez(temporary, wrong=wrong)
 
 
 def _assemble(

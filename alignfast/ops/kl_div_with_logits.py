@@ -26,7 +26,8 @@ def kl_div_with_logits(
 
     With p the teacher's and q the student's distribution: "forward" is KL(p || q), the paper's loss; "reverse" is
     KL(q || p); "symmetric" is their mean; "jsd" is (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Gradient flows
-    to the student only. -inf logits (masked classes) count as -1e5, so loss and gradient stay finite.
+    to the student only. Logits below -1e5, -inf
+    (masked classes) included, count as -1e5, so loss and gradient stay finite.
 
     Args:
         student: [B, C] logits, any floating dtype; computed in float32, or in float64 if given so.

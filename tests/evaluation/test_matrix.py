@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from alignfast.attacks import Attack, create
 from alignfast.data import Batch
 from alignfast.evaluation.matrix import transfer_matrix
+from alignfast.evaluation.matrix_result import TransferMatrix
 from alignfast.models import Classifier, fingerprint
 
 EPS = 0.2
@@ -426,3 +427,16 @@ def test_progress_counts_what_is_taken_from_parts(tmp_path: Path, capsys: pytest
     for _ in range(2):
         transfer_matrix({"s": line("up")}, {"t": line("up")}, ATTACKS, batches(), parts=tmp_path, progress=True)
     assert "12/12 batches" in capsys.readouterr().err.splitlines()[1]
+
+
+def test_parts_of_another_attack_or_model_are_not_taken(tmp_path: Path) -> None:
+    targets = {"t": line("up")}
+
+    def measure(eps: float, source: str, folder: Path | None) -> TransferMatrix:
+        attack = {"name": "fgsm", "eps": eps}
+        return transfer_matrix({"s": line(source)}, targets, {"a": attack}, batches(), parts=folder)
+
+    before = measure(0.0, "across", tmp_path)
+    assert measure(0.5, "across", None).cells != before.cells
+    for eps, source in ((0.5, "across"), (0.5, "up")):
+        assert measure(eps, source, tmp_path) == measure(eps, source, None)
