@@ -34,10 +34,17 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """One of `allowed`; else ValueError with the nearest spelling."""
     options = list(allowed)
     if value not in options:
-        near = difflib.get_close_matches(str(value), options, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{name}: got {value!r}{hint}; allowed is one of {', '.join(options)}")
+        raise ValueError(f"{name}: got {value!r}{_hint(value, options)}; allowed is one of {', '.join(options)}")
     return value
+
+
+def check_known(name: str, kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Every one of `given` is among `allowed`; else ValueError about the `kind` of thing, with the nearest spelling."""
+    options = list(allowed)
+    for item in given:
+        if item not in options:
+            hint = _hint(item, options)
+            raise ValueError(f"{name}: got unknown {kind} {item!r}{hint}; allowed are {', '.join(options)}")
 
 
 def check_shape(name: str, shape: Sequence[int], expected: Sequence[int | None]) -> None:
@@ -84,6 +91,11 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int | None)
     if low < 0 or (num_classes is not None and high >= num_classes):
         allowed = "at least 0" if num_classes is None else f"[0, {num_classes - 1}]"
         raise ValueError(f"{name}: values span [{low}, {high}]; allowed is {allowed}")
+
+
+def _hint(value: object, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value), options, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _interval(low: float, high: float, open_low: bool) -> str:

@@ -17,10 +17,10 @@ from torch.utils.data import Subset
 
 from alignfast.alignment import AlignConfig, align
 from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
-from alignfast.attacks import PRESETS
+from alignfast.attacks import PRESETS, create
 from alignfast.attacks.presets import parameters_of
 from alignfast.checks import check_choice, check_count
-from alignfast.config import MatrixConfig, attack_spec, build_attack, build_model, named_model
+from alignfast.config import MatrixConfig, attack_spec, build_model, named_model, trained_model
 from alignfast.data import (
     AdversarialWriter,
     ImageDataset,
@@ -31,12 +31,13 @@ from alignfast.data import (
     loader,
     quantise,
     read_adversarial,
+    spread_indices,
 )
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.evaluation.images import evaluate_images
 from alignfast.evaluation.outputs import show, write_results
 from alignfast.files import claim_folder, write_text
-from alignfast.models import Classifier, fingerprint, load_model, save_checkpoint
+from alignfast.models import Classifier, fingerprint, save_checkpoint
 from alignfast.progress import progress
 from alignfast.versions import package_versions
 
@@ -185,9 +186,9 @@ def align_command(
     place = _device(device)
     dataset = load_dataset(data, num_classes=num_classes)
     _verify(dataset)
-    model = _model(source, source_checkpoint, num_classes).to(place)
+    model = trained_model(source, source_checkpoint, num_classes).to(place)
     witnesses = [
-        _model(spec, checkpoint, num_classes).to(place)
+        trained_model(spec, checkpoint, num_classes).to(place)
         for spec, checkpoint in zip(witness, checkpoints or [None] * len(witness), strict=True)
     ]
     views = augmented(dataset, _side(model, source), scale=(crop_scale, 1.0), seed=seed)
@@ -238,8 +239,8 @@ def attack_command(
     given = {name: value for name, value in named.items() if value is not None} | _parameters(param or [])
     spec = attack_spec("attack", {"name": attack, **given, "seed": seed, "targeted": targeted})
     place = _device(device)
-    source = _model(model, checkpoint, num_classes).to(place)
-    engine = build_attack(source, spec)
+    source = trained_model(model, checkpoint, num_classes).to(place)
+    engine = create(source=source, **spec)
     dataset = load_dataset(data, image_size=_side(source, model), num_classes=source.num_classes)
     if targeted and dataset.targets is None:
         raise ValueError(f"targeted: {data} lists no targeted labels; allowed is a labels.csv with targeted_label")
@@ -286,23 +287,25 @@ def evaluate_command(
     """Measure targets on written adversarial images: matrix.json, pictures and report.html."""
     place = _device(device)
     dataset, manifest = read_adversarial(images)
-    models = {name: named_model(spec, num_classes).to(place) for name, spec in _named(targets).items()}
+    specs = _named(targets)
+    models = {name: named_model(spec, num_classes).to(place) for name, spec in specs.items()}
     clean = None
     if data is not None:
         size = tuple(dataset[0].image.shape[-2:])
         original = load_dataset(data, image_size=(size[0], size[1]), num_classes=manifest.num_classes)
         clean = loader(_subset(original, manifest.indices), batch_size, workers=workers)
-    run_with = {"command": "evaluate", "images": str(images), "targets": _named(targets), "data": data}
+    run_with = {"command": "evaluate", "images": str(images), "targets": specs, "data": data}
     folder = claim_folder(out, run_with | {"num_classes": num_classes, "versions": package_versions()})
+    source = str(manifest.parameters.get("model", manifest.model))
     matrix = evaluate_images(
         loader(dataset, batch_size, workers=workers),
         models,
-        source=str(manifest.parameters.get("model", manifest.model)),
+        source=source,
         attack=manifest.attack,
         clean=clean,
         progress=True,
     )
-    _finish(matrix, folder, f"{manifest.attack} on {manifest.parameters.get('model', manifest.model)}")
+    _finish(matrix, folder, f"{manifest.attack} on {source}")
 
 
 @app.command("transfer")
@@ -359,12 +362,6 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="Print J
     return 0 if all(verdict == "ok" for verdict in report["self_test"].values()) else 1
 
 
-def _model(spec: str, checkpoint: Path | None, num_classes: int | None) -> Classifier:
-    if checkpoint is None:
-        return named_model(spec, num_classes)
-    return load_model(spec, checkpoint=checkpoint, num_classes=num_classes)
-
-
 def _side(model: Classifier, name: str) -> tuple[int, int]:
     if model.input_size is None:
         raise ValueError(f"{name}: has no input size of its own; allowed are models with one")
@@ -396,9 +393,7 @@ def _spread(dataset: ImageDataset, limit: int | None) -> ImageDataset | Subset[A
     if limit is None:
         return dataset
     check_count("limit", limit)
-    # Evenly, because a data set is often sorted by class.
-    count = min(limit, len(dataset))
-    return _subset(dataset, [number * len(dataset) // count for number in range(count)])
+    return _subset(dataset, spread_indices(len(dataset), limit))
 
 
 def _subset(dataset: ImageDataset, indices: Sequence[int]) -> Subset[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from alignfast.attacks import PRESETS, Attack, create
+from alignfast.attacks import PRESETS
 from alignfast.attacks.presets import parameters_of
-from alignfast.checks import check_choice
+from alignfast.checks import check_choice, check_known
 from alignfast.models import Classifier, Ensemble, load_model
 
 MODEL_KEYS = ("model", "checkpoint", "pretrained", "weights", "num_classes", "input_size")
@@ -52,7 +51,7 @@ class MatrixConfig:
             raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ValueError(f"config: {path} holds {type(content).__name__}; allowed is a mapping")
-        check_keys("config", content, tuple(cls.__dataclass_fields__))
+        check_known("config", "key", content, cls.__dataclass_fields__)
         for key in ("data", "sources", "targets", "attacks"):
             if key not in content:
                 raise ValueError(f"config: {path} has no {key}; data, sources, targets and attacks are needed")
@@ -80,10 +79,9 @@ def attack_spec(where: str, spec: Any) -> dict[str, Any]:
         raise ValueError(f"{where}: got {spec!r}; allowed is a mapping with the name of an attack")
     name = check_choice(f"{where}.name", str(spec["name"]).lower(), PRESETS)
     allowed = parameters_of(name)
-    check_keys(where, {key: value for key, value in spec.items() if key != "name"}, tuple(allowed))
-    return {"name": name} | {
-        key: typed(f"{where}.{key}", value, allowed[key]) for key, value in spec.items() if key != "name"
-    }
+    given = {key: value for key, value in spec.items() if key != "name"}
+    check_known(where, "key", given, allowed)
+    return {"name": name} | {key: typed(f"{where}.{key}", value, allowed[key]) for key, value in given.items()}
 
 
 def typed(where: str, value: Any, default: Any) -> Any:
@@ -99,14 +97,6 @@ def typed(where: str, value: Any, default: Any) -> Any:
         raise ValueError(f"{where}: got {value!r}; allowed is {kind}") from None
 
 
-def check_keys(where: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    for key in given:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{where}: unknown key {key!r}{hint}; allowed are {', '.join(allowed)}")
-
-
 def check_model(where: str, spec: Any) -> None:
     """What a model entry looks like, without loading it."""
     if isinstance(spec, str):
@@ -114,11 +104,11 @@ def check_model(where: str, spec: Any) -> None:
     if not isinstance(spec, dict):
         raise ValueError(f"{where}: got {spec!r}; allowed is the name of a model or a mapping")
     if "ensemble" in spec:
-        check_keys(where, spec, ENSEMBLE_KEYS)
-        for number_, member in enumerate(spec["ensemble"]):
-            check_model(f"{where}.ensemble[{number_}]", member)
+        check_known(where, "key", spec, ENSEMBLE_KEYS)
+        for position, member in enumerate(spec["ensemble"]):
+            check_model(f"{where}.ensemble[{position}]", member)
         return
-    check_keys(where, spec, MODEL_KEYS)
+    check_known(where, "key", spec, MODEL_KEYS)
     if "model" not in spec:
         raise ValueError(f"{where}: has no model; allowed keys are {', '.join(MODEL_KEYS)}")
 
@@ -140,8 +130,9 @@ def build_model(spec: Any) -> Classifier:
 def named_model(text: str, num_classes: int | None = None) -> Classifier:
     """SPEC or SPEC@CHECKPOINT, pretrained where there is no checkpoint."""
     spec, _, checkpoint = text.partition("@")
-    return load_model(spec, pretrained=not checkpoint, checkpoint=checkpoint or None, num_classes=num_classes)
+    return trained_model(spec, checkpoint or None, num_classes)
 
 
-def build_attack(source: Classifier, spec: Mapping[str, Any]) -> Attack:
-    return create(spec["name"], source, **{key: value for key, value in spec.items() if key != "name"})
+def trained_model(spec: str, checkpoint: str | os.PathLike[str] | None, num_classes: int | None) -> Classifier:
+    """SPEC with the weights of a checkpoint, or else pretrained."""
+    return load_model(spec, pretrained=checkpoint is None, checkpoint=checkpoint, num_classes=num_classes)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import alignfast as af
-from alignfast.data import augmented, load_dataset, loader
+from alignfast.data import augmented, load_dataset, loader, spread_indices
 from alignfast.evaluation import TransferMatrix
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -83,7 +83,7 @@ def measure(
     aligned = af.align(source, witness, views, config, progress=True).model
     dataset = load_dataset(folder / "test.npz", num_classes=10)
     # The file is sorted by class, so a sample of all classes is spread over it.
-    test = torch.utils.data.Subset(dataset, range(0, len(dataset), len(dataset) // images))
+    test = torch.utils.data.Subset(dataset, spread_indices(len(dataset), images))
     matrix = af.transfer_matrix(
         {"vanilla": source, "aligned": aligned},
         {"resnet32": load_resnet(folder, 32), "resnet44": load_resnet(folder, 44), "resnet20 (witness)": witness},

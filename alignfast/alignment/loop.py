@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from alignfast.alignment.config import AlignConfig
 from alignfast.checks import check_images, check_labels
 from alignfast.data import Batch, as_batches
-from alignfast.models import Classifier, as_classifier, evaluating, fit_size, save_checkpoint
+from alignfast.models import Classifier, as_classifier, evaluating, fit_size, keeping_modes, save_checkpoint
 from alignfast.ops import kl_div_with_logits
 from alignfast.progress import progress as show_progress
 
@@ -190,17 +190,13 @@ def _read(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @contextmanager
 def _training(model: Classifier, config: AlignConfig) -> Iterator[None]:
     """Training mode, with batch-norm layers in evaluation mode where their statistics are frozen."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    if config.batch_norm == "freeze":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-    try:
+    with keeping_modes(model):
+        model.train()
+        if config.batch_norm == "freeze":
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_models(model: Classifier, witnesses: list[Classifier]) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack
@@ -18,7 +17,7 @@ from alignfast.attacks.objectives import CrossEntropy
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
 from alignfast.attacks.transforms import InputDiversity, Scales
-from alignfast.checks import check_choice
+from alignfast.checks import check_choice, check_known
 
 EPS = 8 / 255
 ALPHA = 2 / 255
@@ -188,12 +187,7 @@ def create(name: str, source: nn.Module, **parameters: Any) -> Attack:
         ValueError: an unknown attack or parameter (with what is allowed), or a value outside its range.
     """
     preset = PRESETS[check_choice("attack", name.lower(), PRESETS)]
-    allowed = parameters_of(name)
-    for parameter in parameters:
-        if parameter not in allowed:
-            near = difflib.get_close_matches(parameter, allowed, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{name}: got unknown parameter {parameter!r}{hint}; allowed are {', '.join(allowed)}")
+    check_known(name, "parameter", parameters, parameters_of(name))
     return preset(source, **parameters)
 
 

@@ -3,7 +3,7 @@
 from alignfast.data.adversarial import AdversarialFile, AdversarialWriter, Manifest, png_names, read_adversarial
 from alignfast.data.datasets import ImageDataset, Sample, load_dataset
 from alignfast.data.images import eight_bit
-from alignfast.data.loading import Batch, Loader, as_batches, loader
+from alignfast.data.loading import Batch, Loader, as_batches, loader, spread_indices
 from alignfast.data.quantise import quantise
 from alignfast.data.views import AugmentedDataset, augmented
 
@@ -24,4 +24,5 @@ __all__ = [
     "png_names",
     "quantise",
     "read_adversarial",
+    "spread_indices",
 ]

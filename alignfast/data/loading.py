@@ -143,6 +143,12 @@ def as_batches(batches: Iterable[Any]) -> Iterator[Batch]:
     return _batches(batches)
 
 
+def spread_indices(length: int, count: int) -> list[int]:
+    """Up to `count` of `length` indices, evenly spread, because a data set is often sorted by class."""
+    count = min(count, length)
+    return [position * length // count for position in range(count)]
+
+
 def is_stream(dataset: Any) -> bool:
     """Whether a data set can only be read from its beginning."""
     return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))

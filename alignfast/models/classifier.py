@@ -115,10 +115,17 @@ def fit_size(images: Tensor, model: Classifier) -> Tensor:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, and every module back into its own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
+    with keeping_modes(*models):
         for model in models:
             model.eval()
+        yield
+
+
+@contextmanager
+def keeping_modes(*models: nn.Module) -> Iterator[None]:
+    """Put every module of the models back into its own mode, training or evaluation, at the end."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
         yield
     finally:
         for module, training in modes:
