@@ -54,7 +54,7 @@ format: $(BUILT)
 	$(CLANG_FORMAT) -i $(CLANG_FORMATTED)
 
 clean:
-	rm -rf .venv build dist *.egg-info alignfast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info alignfast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(BUILT)
 
 $(PY):
@@ -92,7 +92,7 @@ $(DEPENDENCIES): pyproject.toml | $(PY)
 	$(PY) -m pip install --no-deps torchattacks==$(TORCHATTACKS)
 	@touch $@
 
-$(BUILT): $(DEPENDENCIES) pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) $(if $(wildcard alignfast/_C.*.so),,FORCE)
+$(BUILT): $(DEPENDENCIES) pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) $(if $(and $(wildcard alignfast/_C.*.so),$(wildcard alignfast/lib*.so)),,FORCE)
 	@rm -f $(STAMPS)/built-*
 	$(PY) -m pip install --no-deps --no-build-isolation -e .
 	@touch $@

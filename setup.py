@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OP_LIBRARY = "libalignfast_ops"
 
 
 class CMakeBuild(build_ext):
@@ -20,6 +22,11 @@ class CMakeBuild(build_ext):
         super().finalize_options()
         # The module is copied into the source tree even where the one there is newer: it may be of other settings.
         self.force = True
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # The op library is loaded by torch and not by Python, so it has no ABI in its name.
+        filename = super().get_ext_filename(fullname)
+        return f"{Path(filename).parent / OP_LIBRARY}.so" if fullname.endswith(OP_LIBRARY) else filename
 
     def build_extension(self, ext: Extension) -> None:
         # Imported here, so that asking for metadata or an sdist needs none of them.
@@ -33,14 +40,24 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DALIGNFAST_TORCH={torch_folder()}",
             f"-DALIGNFAST_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         build = build_folder(configure)
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         subprocess.check_call([cmake_program, "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
-        subprocess.check_call([cmake_program, "--build", build, *parallel_flags(self.parallel)])
-        subprocess.check_call([cmake_program, "--install", build, "--prefix", package])
+        target = ext.name.rpartition(".")[2].removeprefix("lib")
+        subprocess.check_call([cmake_program, "--build", build, "--target", target, *parallel_flags(self.parallel)])
+        subprocess.check_call([cmake_program, "--install", build, "--prefix", package, "--component", target])
+
+
+def torch_folder() -> str:
+    """The installed torch, found without importing it, which would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("torch: not installed; it is needed to build, with --no-build-isolation")
+    return str(Path(spec.origin).parent)
 
 
 def build_folder(configure: list[str]) -> Path:
@@ -64,6 +81,6 @@ setup(
     ],
     package_dir={"alignfast.kernels": "kernels"},
     package_data={"alignfast": ["py.typed", "*.pyi", "evaluation/*.j2"]},
-    ext_modules=[Extension("alignfast._C", sources=[])],
+    ext_modules=[Extension("alignfast._C", sources=[]), Extension(f"alignfast.{OP_LIBRARY}", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

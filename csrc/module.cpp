@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/isa.h"
+
 #if defined(__linux__)
 #include <sched.h>
 
@@ -85,5 +87,9 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information, instruction sets and thread count of the native library.";
   module.def("build_info", &build_info, "What this binary was built from and with.");
   module.def("instruction_sets", &instruction_sets, "Instruction sets that are usable on this processor.");
+  module.def(
+      "cpu_isa", [] { return alignfast::isa_name(alignfast::isa()); },
+      "The instruction set whose kernels serve; ALIGNFAST_CPU_ISA names one of usable_cpu_isas() to force it.");
+  module.def("usable_cpu_isas", &alignfast::usable_isas, "Instruction sets with kernels that run on this processor.");
   module.def("thread_count", &thread_count, "Hardware threads that this process may use.");
 }

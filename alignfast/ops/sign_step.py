@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from alignfast.checks import check_choice, check_number
+from alignfast.native import NATIVE_DEVICES
 from alignfast.reference import sign_step as reference
 
 Norm = Literal["linf", "l2"]
@@ -39,8 +41,32 @@ def sign_step(
         alpha: step size, at least 0. eps: radius, at least 0. decay: at least 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, or a number is outside what is allowed; nothing is changed then.
+        ValueError: shapes, dtypes or devices differ, a number is outside what is allowed, or a tensor requires grad
+            while gradients are recorded; nothing is changed then.
     """
+    arguments = (adv, images, grad, momentum, alpha, eps, decay, low, high, norm)
+    _check(*arguments)
+    _check_detached(adv, images, grad, momentum)
+    if adv.device.type in NATIVE_DEVICES:
+        torch.ops.alignfast.sign_step(*arguments)
+        # As any in-place operation does, so that autograd notices where it kept one of them for a backward pass.
+        torch.autograd.graph.increment_version([adv] if momentum is None else [adv, momentum])
+    else:
+        reference.sign_step(*arguments)
+
+
+def _check(
+    adv: Tensor,
+    images: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    alpha: float,
+    eps: float,
+    decay: float,
+    low: float,
+    high: float,
+    norm: str,
+) -> None:
     for name, tensor in (("adv", adv), ("images", images), ("grad", grad), ("momentum", momentum)):
         if tensor is not None:
             _check_like(name, tensor, images)
@@ -50,7 +76,14 @@ def sign_step(
     check_choice("norm", norm, ("linf", "l2"))
     if math.isnan(low) or math.isnan(high) or low > high:
         raise ValueError(f"low, high: got {low}, {high}; allowed is low <= high")
-    reference.sign_step(adv, images, grad, momentum, alpha, eps, decay, low, high, norm)
+
+
+def _check_detached(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "adv, images, grad, momentum: got one that requires grad; allowed is detached tensors, or any under "
+            "torch.no_grad(), since a step has no gradient"
+        )
 
 
 def _check_like(name: str, tensor: Tensor, images: Tensor) -> None:
@@ -62,3 +95,7 @@ def _check_like(name: str, tensor: Tensor, images: Tensor) -> None:
             f"{name}: got {tensor.dtype} {list(tensor.shape)} on {tensor.device}; allowed is that of images, "
             f"{images.dtype} {list(images.shape)} on {images.device}"
         )
+
+
+# There is no result to describe, so checking the arguments is the whole of the fake.
+torch.library.register_fake("alignfast::sign_step", _check)

@@ -20,11 +20,13 @@ def sign_step(
 ) -> None:
     if adv.numel() == 0:
         return
-    # Sizes are taken in float32 for half precision, where the mean of a small gradient would round to zero.
+    # In half precision, the mean of a small gradient would round to zero.
     wide = torch.float64 if adv.dtype == torch.float64 else torch.float32
     direction = grad
     if momentum is not None:
-        momentum.mul_(decay).add_(_divide(grad, grad.abs().mean((1, 2, 3), keepdim=True, dtype=wide)))
+        # A sum in float64 is the same float32 in whatever order it is taken.
+        mean = grad.abs().mean((1, 2, 3), keepdim=True, dtype=torch.float64).to(wide)
+        momentum.mul_(decay).add_(_divide(grad, mean))
         direction = momentum
     if norm == "linf":
         adv.add_(direction.sign(), alpha=alpha)
@@ -50,5 +52,5 @@ def _divide(grad: Tensor, size: Tensor) -> Tensor:
 
 
 def _l2(x: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float64).to(x.dtype)
     return length

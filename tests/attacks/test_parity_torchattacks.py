@@ -2,6 +2,7 @@
 
 Images are equal to the last bit, except for BIM, whose projection rounds differently there. A last bit grows from step
 to step through a deep network, so that BIM is compared over few steps, and over many where nothing is rounded.
+torchattacks is given the mean of |g| as it is summed here, in float64: the order of a sum in float32 would show.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ def assert_same(name: str, ours: Tensor, theirs: Tensor, images: Tensor) -> None
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     else:
         assert torch.equal(ours, theirs)
+
+
+@pytest.fixture(autouse=True)
+def _means_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = torch.mean
+    monkeypatch.setattr(torch, "mean", lambda x, **options: mean(x.double(), **options).to(x.dtype))
 
 
 def theirs_of(

@@ -1,0 +1,89 @@
+// What the torch side of every op shares: checks, dtypes, layouts and threads. On torch's stable ABI only.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "math/scalar.h"
+
+namespace alignfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// "[2, 3]", as Python prints a shape.
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+inline std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+// Raises where the tensor is none of the four floating types.
+inline Dtype floating_dtype(const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": got dtype ", dtype_text(type),
+                      "; allowed is float64, float32, bfloat16 or float16");
+  }
+}
+
+inline void check_cpu(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": on another device than the CPU; allowed is one device for all tensors");
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wanted) {
+  STD_TORCH_CHECK(tensor.scalar_type() == wanted, name, ": got dtype ", dtype_text(tensor.scalar_type()),
+                  "; allowed is ", dtype_text(wanted));
+}
+
+// A wanted size of -1 allows any.
+inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& wanted) {
+  bool fits = tensor.dim() == static_cast<int64_t>(wanted.size());
+  std::string allowed;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    fits = fits && (wanted[i] < 0 || tensor.size(static_cast<int64_t>(i)) == wanted[i]);
+    allowed += (i ? ", " : "") + (wanted[i] < 0 ? std::string("any") : std::to_string(wanted[i]));
+  }
+  STD_TORCH_CHECK(fits, name, ": got shape ", shape_text(tensor), "; allowed is [", allowed, "]");
+}
+
+// Below this many elements another thread costs more than it saves.
+constexpr int64_t ELEMENTS_PER_THREAD = 16384;
+
+// How many items of `elements` each a thread should have at least.
+inline int64_t grain_of(int64_t elements) {
+  return elements >= ELEMENTS_PER_THREAD ? 1 : ELEMENTS_PER_THREAD / (elements > 0 ? elements : 1);
+}
+
+}  // namespace alignfast

@@ -1,0 +1,188 @@
+#include "cpu/sign_step.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+
+#include "common.h"
+
+namespace alignfast {
+namespace {
+
+constexpr int64_t CHUNK = 1024;
+// An image's sums are made of at most this many, whatever the number of threads, so that their order is always the
+// same.
+constexpr int64_t MAX_GROUPS = 1024;
+
+// The image of SignStepImage cut into groups of whole chunks.
+struct Groups {
+  int64_t elements, size, count;
+
+  explicit Groups(int64_t elements) : elements(elements) {
+    const int64_t chunks = (elements + CHUNK - 1) / CHUNK;
+    size = (chunks + MAX_GROUPS - 1) / MAX_GROUPS * CHUNK;
+    count = (elements + size - 1) / size;
+  }
+
+  // Calls visit(group, begin, end) for every group, on threads of their own if this thread is not already one of many.
+  template <class Visit>
+  void each(const Visit& visit) const {
+    torch::stable::parallel_for(0, count, grain_of(size), [&](int64_t first, int64_t last) {
+      for (int64_t group = first; group < last; ++group) {
+        visit(group, group * size, std::min(elements, (group + 1) * size));
+      }
+    });
+  }
+
+  template <class Partial, class Combine>
+  double reduce(const Partial& partial, Combine combine) const {
+    std::array<double, MAX_GROUPS> partials;
+    each([&](int64_t group, int64_t begin, int64_t end) { partials[group] = partial(begin, end); });
+    return std::accumulate(partials.begin(), partials.begin() + count, 0.0, combine);
+  }
+
+  template <class Partial>
+  double sum(const Partial& partial) const {
+    return reduce(partial, [](double a, double b) { return a + b; });
+  }
+
+  template <class Partial>
+  double max(const Partial& partial) const {
+    return reduce(partial, [](double a, double b) { return std::max(a, b); });
+  }
+};
+
+double l1_mean(const SignStepImage& image, const Groups& groups) {
+  if (image.momentum == nullptr) return 0;
+  const auto l1 = AF_KERNEL(sign_step_l1);
+  return groups.sum([&](int64_t begin, int64_t end) { return l1(image, begin, end); }) /
+         static_cast<double>(groups.elements);
+}
+
+void linf(const SignStepImage& image, const SignStepConfig& config, const Groups& groups) {
+  const auto step = AF_KERNEL(sign_step_linf);
+  const double mean = l1_mean(image, groups);
+  groups.each([&](int64_t, int64_t begin, int64_t end) { step(image, config, mean, begin, end); });
+}
+
+void l2(const SignStepImage& image, const SignStepConfig& config, const Groups& groups) {
+  const auto direction = AF_KERNEL(sign_step_direction);
+  const auto squares = AF_KERNEL(sign_step_length);
+  const auto move = AF_KERNEL(sign_step_l2_move);
+  const auto project = AF_KERNEL(sign_step_l2_project);
+  const double mean = l1_mean(image, groups);
+  const double largest =
+      groups.max([&](int64_t begin, int64_t end) { return direction(image, config, mean, begin, end); });
+  // At least 1, as the largest element is 1, unless all are zero.
+  const double length = std::max(
+      1.0, std::sqrt(groups.sum([&](int64_t begin, int64_t end) { return squares(image, largest, begin, end); })));
+  const double distance = std::sqrt(
+      groups.sum([&](int64_t begin, int64_t end) { return move(image, config, largest, length, begin, end); }));
+  const double shrink = distance > config.eps ? config.eps / distance : 1.0;
+  groups.each([&](int64_t, int64_t begin, int64_t end) { project(image, config, shrink, begin, end); });
+}
+
+// The dimensions of an image from the longest stride to the shortest.
+std::array<int64_t, 3> memory_order(const Tensor& adv) {
+  std::array<int64_t, 3> order = {1, 2, 3};
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return adv.size(b) != 1 && adv.stride(a) > adv.stride(b); });
+  return order;
+}
+
+ImageLayout layout_of(const Tensor& tensor, const std::array<int64_t, 3>& order) {
+  ImageLayout layout;
+  int64_t expected = 1;
+  layout.dense = true;
+  for (int i = 2; i >= 0; --i) {
+    layout.sizes[i] = tensor.size(order[i]);
+    layout.strides[i] = tensor.stride(order[i]);
+    layout.dense = layout.dense && (layout.sizes[i] == 1 || layout.strides[i] == expected);
+    expected *= layout.sizes[i];
+  }
+  return layout;
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& images) {
+  check_cpu(name, tensor);
+  check_dtype(name, tensor, images.scalar_type());
+  check_shape(name, tensor, {images.sizes().begin(), images.sizes().end()});
+}
+
+void check_written(const char* name, const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, ": got a tensor expanded along dimension ", i,
+                    "; allowed is one with memory for every element");
+  }
+}
+
+void check_number(const char* name, double value) {
+  STD_TORCH_CHECK(value >= 0 && std::isfinite(value), name, ": got ", value, "; allowed is a finite number >= 0");
+}
+
+void check_apart(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != other.const_data_ptr(), name, ", ", other_name,
+                  ": got one memory for both; allowed is tensors of their own");
+}
+
+void sign_step(Tensor adv, Tensor images, Tensor grad, std::optional<Tensor> momentum, double alpha, double eps,
+               double decay, double low, double high, std::string norm) {
+  check_cpu("images", images);
+  check_shape("images", images, {-1, -1, -1, -1});
+  const Dtype dtype = floating_dtype("images", images.scalar_type());
+  check_like("adv", adv, images);
+  check_like("grad", grad, images);
+  check_written("adv", adv);
+  check_apart("adv", adv, "images", images);
+  check_apart("adv", adv, "grad", grad);
+  if (momentum) {
+    check_like("momentum", *momentum, images);
+    check_written("momentum", *momentum);
+    check_apart("momentum", *momentum, "adv", adv);
+    check_apart("momentum", *momentum, "images", images);
+    check_apart("momentum", *momentum, "grad", grad);
+  }
+  check_number("alpha", alpha);
+  check_number("eps", eps);
+  check_number("decay", decay);
+  STD_TORCH_CHECK(low <= high, "low, high: got ", low, ", ", high, "; allowed is low <= high");
+  STD_TORCH_CHECK(norm == "linf" || norm == "l2", "norm: got '", norm, "'; allowed is 'linf' or 'l2'");
+  if (images.numel() == 0) return;
+
+  const auto order = memory_order(adv);
+  const SignStepConfig config{alpha, eps, decay, low, high};
+  const SignStepImage first{dtype,
+                            adv.mutable_data_ptr(),
+                            images.const_data_ptr(),
+                            grad.const_data_ptr(),
+                            momentum ? momentum->mutable_data_ptr() : nullptr,
+                            layout_of(adv, order),
+                            layout_of(images, order),
+                            layout_of(grad, order),
+                            layout_of(momentum ? *momentum : adv, order)};
+  const int64_t bytes = static_cast<int64_t>(images.element_size());
+  const auto at = [bytes](auto* data, const Tensor& tensor, int64_t n) {
+    return static_cast<decltype(data)>(
+        const_cast<char*>(static_cast<const char*>(data) + n * tensor.stride(0) * bytes));
+  };
+  const int64_t count = images.size(0);
+  const Groups groups(images.numel() / count);
+  // An image to a thread keeps it in that thread's cache between the passes; few images are cut up instead.
+  const bool many = count >= 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, count, many ? grain_of(groups.elements) : count, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      SignStepImage image = first;
+      image.adv = at(first.adv, adv, n);
+      image.image = at(first.image, images, n);
+      image.grad = at(first.grad, grad, n);
+      if (momentum) image.momentum = at(first.momentum, *momentum, n);
+      (norm == "linf" ? linf : l2)(image, config, groups);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace alignfast
+
+STABLE_TORCH_LIBRARY_IMPL(alignfast, CPU, m) { m.impl("sign_step", TORCH_BOX(&alignfast::sign_step)); }

@@ -1,0 +1,26 @@
+// Every op of the library, one line each.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(alignfast, m) {
+  m.def(
+      "kl_div_with_logits(Tensor student, Tensor teacher, float temperature, str direction, str reduction, "
+      "str combine, bool with_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("kl_div_with_logits_backward(Tensor grad, Tensor gradient, Tensor student) -> Tensor");
+  m.def(
+      "diversify(Tensor images, int copies, float noise_radius, int[] noise_key, Tensor? noise_images, "
+      "Tensor? noise_copies, Tensor? pool, Tensor? partner, Tensor? weight, Tensor? scale, Tensor? resized, "
+      "Tensor? top, Tensor? left, int padded, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last) "
+      "-> Tensor");
+  m.def(
+      "diversify_backward(Tensor grad, int copies, Tensor? scale, Tensor? resized, Tensor? top, Tensor? left, "
+      "int padded, Tensor? std, ScalarType dtype) -> Tensor");
+  m.def(
+      "sign_step(Tensor(a!) adv, Tensor images, Tensor grad, Tensor(b!)? momentum, float alpha, float eps, "
+      "float decay, float low, float high, str norm) -> ()");
+  m.def("smooth(Tensor grad, Tensor kernel) -> Tensor");
+  m.def("smooth_backward(Tensor grad, Tensor kernel) -> Tensor");
+  m.def(
+      "philox_uniform(Tensor images, Tensor copies, int[] shape, int seed_low, int seed_high, int step, int purpose, "
+      "float low, float high) -> Tensor");
+}
