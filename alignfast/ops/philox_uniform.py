@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from alignfast.checks import check_count, check_number, check_shape
+from alignfast.native import NATIVE_DEVICES
 from alignfast.reference import philox_uniform as reference
 
 MAX_COPY = 2**24 - 1
 MAX_PURPOSE = 255
+WORD = 0xFFFFFFFF
 
 
 def philox_uniform(
@@ -42,16 +44,39 @@ def philox_uniform(
 
     Raises:
         ValueError: an argument outside its range or of another shape or dtype. The values of `images` and `copies`
-            are not read here, since that would wait for the device.
+            are read on the CPU alone, since that would wait for a device; one outside its range is a RuntimeError.
     """
+    check_count("seed", seed, low=0, high=2**64 - 1)
+    sizes = tuple(shape)
+    _check(images, copies, sizes, seed & WORD, seed >> 32, step, purpose, low, high)
+    if images.device.type in NATIVE_DEVICES:
+        draws: Tensor = torch.ops.alignfast.philox_uniform(
+            images, copies, sizes, seed & WORD, seed >> 32, step, purpose, low, high
+        )
+        return draws
+    return reference.philox_uniform(images, copies, sizes, seed, step, purpose, low, high)
+
+
+def _check(
+    images: Tensor,
+    copies: Tensor,
+    shape: Sequence[int],
+    seed_low: int,
+    seed_high: int,
+    step: int,
+    purpose: int,
+    low: float,
+    high: float,
+) -> None:
     for name, index in (("images", images), ("copies", copies)):
         check_shape(name, index.shape, (None,))
         if index.dtype != torch.int64:
             raise ValueError(f"{name}: got dtype {index.dtype}; allowed is torch.int64")
     if images.device != copies.device:
         raise ValueError(f"copies: on {copies.device}; allowed is the device of images, {images.device}")
-    check_count("seed", seed, low=0, high=2**64 - 1)
-    check_count("step", step, low=0, high=2**32 - 1)
+    check_count("seed_low", seed_low, low=0, high=WORD)
+    check_count("seed_high", seed_high, low=0, high=WORD)
+    check_count("step", step, low=0, high=WORD)
     check_count("purpose", purpose, low=0, high=MAX_PURPOSE)
     for size in shape:
         check_count("shape", size, low=0)
@@ -59,4 +84,21 @@ def philox_uniform(
     check_number("high", high)
     if low > high:
         raise ValueError(f"low, high: got {low}, {high}; allowed is low <= high")
-    return reference.philox_uniform(images, copies, tuple(shape), seed, step, purpose, low, high)
+
+
+def _fake(
+    images: Tensor,
+    copies: Tensor,
+    shape: Sequence[int],
+    seed_low: int,
+    seed_high: int,
+    step: int,
+    purpose: int,
+    low: float,
+    high: float,
+) -> Tensor:
+    _check(images, copies, shape, seed_low, seed_high, step, purpose, low, high)
+    return images.new_empty((len(copies), len(images), *shape), dtype=torch.float32)
+
+
+torch.library.register_fake("alignfast::philox_uniform", _fake)
