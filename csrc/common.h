@@ -78,6 +78,34 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
   STD_TORCH_CHECK(fits, name, ": got shape ", shape_text(tensor), "; allowed is [", allowed, "]");
 }
 
+namespace detail {
+
+template <class T>
+std::vector<double> widened(const void* data, int64_t count, int64_t stride) {
+  std::vector<double> values(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = widen(static_cast<const T*>(data)[i * stride]);
+  return values;
+}
+
+}  // namespace detail
+
+// The values of a small tensor of one dimension and any floating type.
+inline std::vector<double> values_of(const char* name, const Tensor& tensor) {
+  const void* data = tensor.const_data_ptr();
+  const int64_t count = tensor.size(0), stride = tensor.stride(0);
+  switch (floating_dtype(name, tensor.scalar_type())) {
+    case Dtype::float64:
+      return detail::widened<double>(data, count, stride);
+    case Dtype::float32:
+      return detail::widened<float>(data, count, stride);
+    case Dtype::bfloat16:
+      return detail::widened<BFloat16>(data, count, stride);
+    case Dtype::float16:
+      break;
+  }
+  return detail::widened<Half>(data, count, stride);
+}
+
 // Below this many elements another thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 16384;
 

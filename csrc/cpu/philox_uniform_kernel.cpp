@@ -1,6 +1,5 @@
-#include "cpu/philox_uniform.h"
-
 #include "cpu/philox_fill.h"
+#include "cpu/philox_uniform.h"
 
 namespace alignfast::AF_ISA {
 

@@ -1,5 +1,6 @@
 #include "cpu/lanes.h"
 #include "cpu/sign_step.h"
+#include "cpu/with_type.h"
 #include "math/sign_step.h"
 
 namespace alignfast::AF_ISA {
@@ -40,21 +41,6 @@ struct InOut {
 template <class Visit>
 void each_chunk(int64_t begin, int64_t end, Visit visit) {
   for (int64_t start = begin; start < end; start += CHUNK) visit(start, smaller(CHUNK, end - start));
-}
-
-template <class Visit>
-auto with_type(Dtype dtype, Visit visit) {
-  switch (dtype) {
-    case Dtype::float64:
-      return visit(double());
-    case Dtype::float32:
-      return visit(float());
-    case Dtype::bfloat16:
-      return visit(BFloat16());
-    case Dtype::float16:
-      break;
-  }
-  return visit(Half());
 }
 
 template <class T>
