@@ -7,12 +7,25 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "math/scalar.h"
 
+// STD_TORCH_CHECK puts the name of a function and the path of a source file before every message.
+#define AF_CHECK(condition, ...) \
+  if (!(condition)) throw std::runtime_error(alignfast::joined(__VA_ARGS__))
+
 namespace alignfast {
+
+template <class... Args>
+std::string joined(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  return text.str();
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -53,18 +66,17 @@ inline Dtype floating_dtype(const char* name, ScalarType type) {
     case ScalarType::Half:
       return Dtype::float16;
     default:
-      STD_TORCH_CHECK(false, name, ": got dtype ", dtype_text(type),
-                      "; allowed is float64, float32, bfloat16 or float16");
+      AF_CHECK(false, name, ": got dtype ", dtype_text(type), "; allowed is float64, float32, bfloat16 or float16");
   }
 }
 
 inline void check_cpu(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": on another device than the CPU; allowed is one device for all tensors");
+  AF_CHECK(tensor.is_cpu(), name, ": on another device than the CPU; allowed is one device for all tensors");
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wanted) {
-  STD_TORCH_CHECK(tensor.scalar_type() == wanted, name, ": got dtype ", dtype_text(tensor.scalar_type()),
-                  "; allowed is ", dtype_text(wanted));
+  AF_CHECK(tensor.scalar_type() == wanted, name, ": got dtype ", dtype_text(tensor.scalar_type()), "; allowed is ",
+           dtype_text(wanted));
 }
 
 // A wanted size of -1 allows any.
@@ -75,7 +87,7 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
     fits = fits && (wanted[i] < 0 || tensor.size(static_cast<int64_t>(i)) == wanted[i]);
     allowed += (i ? ", " : "") + (wanted[i] < 0 ? std::string("any") : std::to_string(wanted[i]));
   }
-  STD_TORCH_CHECK(fits, name, ": got shape ", shape_text(tensor), "; allowed is [", allowed, "]");
+  AF_CHECK(fits, name, ": got shape ", shape_text(tensor), "; allowed is [", allowed, "]");
 }
 
 namespace detail {

@@ -17,7 +17,7 @@ constexpr int64_t MAX_PURPOSES = 256;
 constexpr int64_t SEGMENT = ELEMENTS_PER_THREAD;
 
 void check_range(const char* name, int64_t value, int64_t end) {
-  STD_TORCH_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
+  AF_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
 }
 
 void check_indices(const char* name, const Tensor& indices, int64_t end) {
@@ -36,14 +36,14 @@ Tensor philox_uniform(Tensor images, Tensor copies, std::vector<int64_t> shape, 
   check_range("seed_high", seed_high, WORD);
   check_range("step", step, WORD);
   check_range("purpose", purpose, MAX_PURPOSES);
-  for (const int64_t size : shape) STD_TORCH_CHECK(size >= 0, "shape: got ", size, "; allowed is sizes >= 0");
-  STD_TORCH_CHECK(low <= high && std::isfinite(low) && std::isfinite(high), "low, high: got ", low, ", ", high,
-                  "; allowed is finite numbers with low <= high");
+  for (const int64_t size : shape) AF_CHECK(size >= 0, "shape: got ", size, "; allowed is sizes >= 0");
+  AF_CHECK(low <= high && std::isfinite(low) && std::isfinite(high), "low, high: got ", low, ", ", high,
+           "; allowed is finite numbers with low <= high");
 
   const int64_t image_count = images.size(0), copy_count = copies.size(0);
   const int64_t elements = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
   // The number of a block is one word of the counter.
-  STD_TORCH_CHECK(elements <= 4 * WORD, "shape: got ", elements, " draws; allowed is up to ", 4 * WORD);
+  AF_CHECK(elements <= 4 * WORD, "shape: got ", elements, " draws; allowed is up to ", 4 * WORD);
   shape.insert(shape.begin(), {copy_count, image_count});
   Tensor out = torch::stable::empty(shape, ScalarType::Float);
   if (out.numel() == 0) return out;

@@ -112,18 +112,18 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& images) {
 
 void check_written(const char* name, const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) {
-    STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, ": got a tensor expanded along dimension ", i,
-                    "; allowed is one with memory for every element");
+    AF_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, ": got a tensor expanded along dimension ", i,
+             "; allowed is one with memory for every element");
   }
 }
 
 void check_number(const char* name, double value) {
-  STD_TORCH_CHECK(value >= 0 && std::isfinite(value), name, ": got ", value, "; allowed is a finite number >= 0");
+  AF_CHECK(value >= 0 && std::isfinite(value), name, ": got ", value, "; allowed is a finite number >= 0");
 }
 
 void check_apart(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != other.const_data_ptr(), name, ", ", other_name,
-                  ": got one memory for both; allowed is tensors of their own");
+  AF_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != other.const_data_ptr(), name, ", ", other_name,
+           ": got one memory for both; allowed is tensors of their own");
 }
 
 void sign_step(Tensor adv, Tensor images, Tensor grad, std::optional<Tensor> momentum, double alpha, double eps,
@@ -146,8 +146,8 @@ void sign_step(Tensor adv, Tensor images, Tensor grad, std::optional<Tensor> mom
   check_number("alpha", alpha);
   check_number("eps", eps);
   check_number("decay", decay);
-  STD_TORCH_CHECK(low <= high, "low, high: got ", low, ", ", high, "; allowed is low <= high");
-  STD_TORCH_CHECK(norm == "linf" || norm == "l2", "norm: got '", norm, "'; allowed is 'linf' or 'l2'");
+  AF_CHECK(low <= high, "low, high: got ", low, ", ", high, "; allowed is low <= high");
+  AF_CHECK(norm == "linf" || norm == "l2", "norm: got '", norm, "'; allowed is 'linf' or 'l2'");
   if (images.numel() == 0) return;
 
   const auto order = memory_order(adv);

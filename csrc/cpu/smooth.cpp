@@ -31,7 +31,7 @@ std::vector<double> checked_taps(const Tensor& grad, const Tensor& kernel) {
   check_cpu("kernel", kernel);
   check_shape("grad", grad, {-1, -1, -1, -1});
   check_shape("kernel", kernel, {-1});
-  STD_TORCH_CHECK(kernel.size(0) % 2 == 1, "kernel: got size ", kernel.size(0), "; allowed is an odd size");
+  AF_CHECK(kernel.size(0) % 2 == 1, "kernel: got size ", kernel.size(0), "; allowed is an odd size");
   floating_dtype("grad", grad.scalar_type());
   check_dtype("kernel", kernel, grad.scalar_type());
   return values_of("kernel", kernel);

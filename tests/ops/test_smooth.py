@@ -6,6 +6,7 @@ from torch.nn.functional import conv2d
 
 from alignfast.ops import smooth
 from tests import cases
+from tests.ops import checks
 
 
 def expected(grad, kernel):
@@ -113,3 +114,69 @@ def test_the_input_is_left_alone():
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         smooth(**{"grad": torch.zeros(1, 3, 4, 4), "kernel": torch.ones(3), **change})
+
+
+def test_a_kernel_that_requires_grad_is_refused():
+    grad, kernel = torch.zeros(1, 3, 4, 4), torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^kernel: requires grad; allowed is a constant"):
+        smooth(grad, kernel)
+    with torch.no_grad():
+        assert torch.equal(smooth(grad, kernel), grad)
+
+
+@pytest.mark.parametrize("name", ["smooth", "smooth_backward"])
+@pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last, cases.every_other])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator(name, layout, dtype):
+    grad = layout(cases.normal((2, 3, 6, 5), 14, dtype)).requires_grad_()
+    checks.operator(name, grad, cases.random((5,), 15, dtype))
+
+
+@pytest.mark.parametrize("name", ["smooth", "smooth_backward"])
+@pytest.mark.parametrize(
+    ("grad", "kernel", "message"),
+    [
+        (torch.zeros(3, 4, 4), torch.ones(3), "grad: got shape"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.int64), torch.ones(3, dtype=torch.int64), "grad: got dtype int64"),
+        (torch.zeros(1, 3, 4, 4), torch.zeros(4), "kernel: got size 4; allowed is an odd size"),
+        (torch.zeros(1, 3, 4, 4), torch.zeros(0), "kernel: got size 0"),
+        (torch.zeros(1, 3, 4, 4), torch.zeros(3, 3), r"kernel: got shape \[3, 3\]; allowed is \[any\]"),
+        (torch.zeros(1, 3, 4, 4), torch.zeros(3, dtype=torch.float64), "kernel: got dtype float64"),
+    ],
+)
+def test_the_operator_and_its_fake_refuse(name, grad, kernel, message):
+    checks.refusal(name, (grad, kernel), message)
+
+
+@pytest.mark.parametrize("size", [1, 5, 15])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 63, 64, 65, 80, 100, 128, 700, 2047, 2048, 2049, 2113, 4100])
+def test_every_width_of_a_row(width, size):
+    check_against_dense(cases.normal((1, 3, 3, width), 16, torch.float32), cases.random((size,), 17, torch.float32))
+    nhwc = cases.channels_last(cases.normal((1, 3, 3, width), 18, torch.bfloat16))
+    check_against_dense(nhwc, cases.random((size,), 19, torch.bfloat16))
+
+
+def test_channels_last_stays_channels_last():
+    grad, kernel = cases.normal((2, 3, 9, 8), 20, torch.float32), cases.random((5,), 21, torch.float32)
+    smoothed = smooth(cases.channels_last(grad), kernel)
+    assert smoothed.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(smoothed, smooth(grad, kernel))
+    for layout in (cases.contiguous, cases.transposed, cases.every_other):
+        assert smooth(layout(grad), kernel).is_contiguous()
+
+
+def test_threads_change_nothing():
+    grad, kernel = cases.normal((5, 3, 67, 70), 22, torch.float32), cases.random((15,), 23, torch.float32)
+    checks.same_on_any_thread_count(lambda: [smooth(grad, kernel)])
+
+
+@pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last])
+def test_it_compiles_whole(layout):
+    kernel = cases.random((5,), 24, torch.float32)
+    grad = layout(cases.normal((2, 3, 8, 8), 25, torch.float32)).requires_grad_()
+    checks.compiles_whole(lambda grad: smooth(grad * 2, kernel).sin(), grad)
+
+
+def test_gradgradcheck():
+    grad, kernel = cases.normal((1, 2, 3, 4), 27).requires_grad_(), cases.random((3,), 26)
+    assert torch.autograd.gradgradcheck(lambda grad: smooth(grad, kernel) ** 2, grad)
