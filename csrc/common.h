@@ -90,32 +90,41 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
   AF_CHECK(fits, name, ": got shape ", shape_text(tensor), "; allowed is [", allowed, "]");
 }
 
-namespace detail {
+// The elements of a small tensor of one or two dimensions, row by row.
+template <class T>
+std::vector<T> elements_of(const Tensor& tensor) {
+  const T* data = static_cast<const T*>(tensor.const_data_ptr());
+  const bool flat = tensor.dim() == 1;
+  const int64_t rows = flat ? 1 : tensor.size(0), columns = tensor.size(flat ? 0 : 1);
+  const int64_t row_stride = flat ? 0 : tensor.stride(0), stride = tensor.stride(flat ? 0 : 1);
+  std::vector<T> elements;
+  elements.reserve(static_cast<size_t>(rows * columns));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) elements.push_back(data[i * row_stride + j * stride]);
+  }
+  return elements;
+}
 
 template <class T>
-std::vector<double> widened(const void* data, int64_t count, int64_t stride) {
-  std::vector<double> values(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = widen(static_cast<const T*>(data)[i * stride]);
+std::vector<double> widened_elements_of(const Tensor& tensor) {
+  std::vector<double> values;
+  for (const T element : elements_of<T>(tensor)) values.push_back(widen(element));
   return values;
 }
 
-}  // namespace detail
-
-// The values of a small tensor of one dimension and any floating type.
+// The same of any floating type.
 inline std::vector<double> values_of(const char* name, const Tensor& tensor) {
-  const void* data = tensor.const_data_ptr();
-  const int64_t count = tensor.size(0), stride = tensor.stride(0);
   switch (floating_dtype(name, tensor.scalar_type())) {
     case Dtype::float64:
-      return detail::widened<double>(data, count, stride);
+      return elements_of<double>(tensor);
     case Dtype::float32:
-      return detail::widened<float>(data, count, stride);
+      return widened_elements_of<float>(tensor);
     case Dtype::bfloat16:
-      return detail::widened<BFloat16>(data, count, stride);
+      return widened_elements_of<BFloat16>(tensor);
     case Dtype::float16:
       break;
   }
-  return detail::widened<Half>(data, count, stride);
+  return widened_elements_of<Half>(tensor);
 }
 
 // Below this many elements another thread costs more than it saves.

@@ -60,20 +60,19 @@ Tensor smoothed(const Tensor& grad, const std::vector<double>& kernel) {
                           radius};
   const int64_t bytes = static_cast<int64_t>(grad.element_size());
   const auto rows = AF_KERNEL(smooth_rows);
-  const auto smooth_plane = [&](int64_t index, int64_t begin, int64_t end, double* workspace) {
+  const auto smooth_plane = [&](int64_t index, int64_t begin, int64_t end) {
     const int64_t n = interleaved ? index : index / channels;
     const int64_t c = interleaved ? 0 : index % channels;
     SmoothPlane plane = first;
     plane.in = static_cast<const char*>(first.in) + (n * grad.stride(0) + c * grad.stride(1)) * bytes;
     plane.out = static_cast<char*>(first.out) + index * height * plane.length * bytes;
-    rows(plane, begin, end, workspace);
+    rows(plane, begin, end);
   };
   const int64_t count = planes * height;
   torch::stable::parallel_for(0, count, grain_of(first.length), [&](int64_t begin, int64_t end) {
-    std::vector<double> workspace(smooth_workspace(first));
     for (int64_t row = begin; row < end;) {
       const int64_t y = row % height, until = std::min(height, y + end - row);
-      smooth_plane(row / height, y, until, workspace.data());
+      smooth_plane(row / height, y, until);
       row += until - y;
     }
   });

@@ -20,16 +20,7 @@ struct SmoothPlane {
   int64_t radius;
 };
 
-// Elements of a row that are smoothed at a time.
-constexpr int64_t SMOOTH_SEGMENT = 2048;
-
-// What smooth_rows needs as workspace, in doubles: a stretch of a row with its margins, and the kernel.
-inline int64_t smooth_workspace(const SmoothPlane& plane) {
-  const int64_t stretch = SMOOTH_SEGMENT < plane.length ? SMOOTH_SEGMENT : plane.length;
-  return stretch + 2 * plane.radius * plane.step + 2 * plane.radius + 1;
-}
-
 // Rows begin .. end of the output.
-AF_DECLARE_KERNEL(void, smooth_rows, const SmoothPlane& plane, int64_t begin, int64_t end, double* workspace)
+AF_DECLARE_KERNEL(void, smooth_rows, const SmoothPlane& plane, int64_t begin, int64_t end)
 
 }  // namespace alignfast

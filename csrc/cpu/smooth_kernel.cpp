@@ -1,5 +1,6 @@
 #include <type_traits>
 
+#include "cpu/buffer.h"
 #include "cpu/lanes.h"
 #include "cpu/smooth.h"
 #include "cpu/with_type.h"
@@ -7,6 +8,9 @@
 namespace alignfast::AF_ISA {
 
 namespace {
+
+// Elements of a row that are smoothed at a time.
+constexpr int64_t SEGMENT = 2048;
 
 // N values, N a multiple of the lanes, or one.
 template <class V, int N>
@@ -100,33 +104,30 @@ void along_row(const SmoothPlane& plane, const V* kernel, const V* in, int64_t c
 }
 
 template <class T>
-void smooth_rows_of(const SmoothPlane& plane, int64_t begin, int64_t end, Wide<T>* workspace) {
+void smooth_rows_of(const SmoothPlane& plane, int64_t begin, int64_t end) {
   using V = Wide<T>;
   const int64_t margin = plane.radius * plane.step;
-  V* kernel = workspace;
+  const Buffer<V> kernel(2 * plane.radius + 1);
   for (int64_t i = 0; i <= 2 * plane.radius; ++i) kernel[i] = static_cast<V>(plane.kernel[i]);
-  V* stretch = kernel + 2 * plane.radius + 1;
+  const Buffer<V> stretch(smaller(SEGMENT, plane.length) + 2 * margin);
   for (int64_t y = begin; y < end; ++y) {
     T* out = static_cast<T*>(plane.out) + y * plane.length;
-    for (int64_t start = 0; start < plane.length; start += SMOOTH_SEGMENT) {
-      const int64_t count = smaller(SMOOTH_SEGMENT, plane.length - start);
+    for (int64_t start = 0; start < plane.length; start += SEGMENT) {
+      const int64_t count = smaller(SEGMENT, plane.length - start);
       const int64_t first = start - margin, last = start + count + margin;
       const int64_t from = larger<int64_t>(first, 0), to = smaller(last, plane.length);
       for (int64_t i = first; i < from; ++i) stretch[i - first] = 0;
-      along_columns<T>(plane, kernel, y, from, to, stretch + from - first);
+      along_columns<T, V>(plane, kernel, y, from, to, stretch + from - first);
       for (int64_t i = to; i < last; ++i) stretch[i - first] = 0;
-      along_row(plane, kernel, stretch, count, out + start);
+      along_row<T, V>(plane, kernel, stretch, count, out + start);
     }
   }
 }
 
 }  // namespace
 
-void smooth_rows(const SmoothPlane& plane, int64_t begin, int64_t end, double* workspace) {
-  with_type(plane.dtype, [&](auto type) {
-    using T = decltype(type);
-    smooth_rows_of<T>(plane, begin, end, reinterpret_cast<Wide<T>*>(workspace));
-  });
+void smooth_rows(const SmoothPlane& plane, int64_t begin, int64_t end) {
+  with_type(plane.dtype, [&](auto type) { smooth_rows_of<decltype(type)>(plane, begin, end); });
 }
 
 }  // namespace alignfast::AF_ISA

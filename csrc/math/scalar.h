@@ -9,12 +9,17 @@
 #if defined(__CUDACC__)
 #define AF_HOST_DEVICE __host__ __device__
 #else
-#define AF_HOST_DEVICE
+// Always inlined, so that no copy compiled for one instruction set serves another.
+#define AF_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace alignfast {
 
 enum class Dtype { float64, float32, bfloat16, float16 };
+
+AF_HOST_DEVICE inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
 
 // Enumerations, because compilers vectorise loops over these where they do not over structs.
 enum class BFloat16 : uint16_t {};

@@ -1,0 +1,238 @@
+#include "cpu/diversify.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "common.h"
+
+namespace alignfast {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+constexpr int64_t WORD = int64_t{1} << 32;
+constexpr int64_t MAX_COPIES = int64_t{1} << 24;
+constexpr int64_t MAX_PURPOSES = 256;
+
+// What a batch of copies is made with, read out of small tensors. Vectors are empty where there is none; those of a
+// grid have copy k of image n at k N + n.
+struct Grid {
+  int64_t copies, images;
+};
+
+std::vector<int64_t> counts_of(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+  check_cpu(name, tensor);
+  check_dtype(name, tensor, ScalarType::Long);
+  check_shape(name, tensor, shape);
+  return elements_of<int64_t>(tensor);
+}
+
+std::vector<double> numbers_of(const char* name, const std::optional<Tensor>& tensor,
+                               const std::vector<int64_t>& shape) {
+  if (!tensor) return {};
+  check_cpu(name, *tensor);
+  check_shape(name, *tensor, shape);
+  return values_of(name, *tensor);
+}
+
+void check_range(const char* name, const std::vector<int64_t>& values, int64_t end) {
+  for (const int64_t value : values) {
+    AF_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
+  }
+}
+
+std::vector<ResizePadPlace> places_of(const std::optional<Tensor>& resized, const std::optional<Tensor>& top,
+                                      const std::optional<Tensor>& left, int64_t padded, Grid grid, int64_t height,
+                                      int64_t width) {
+  AF_CHECK(resized.has_value() == top.has_value() && resized.has_value() == left.has_value(),
+           "resize_pad.resized, resize_pad.top, resize_pad.left: got some of them; allowed is all or none");
+  if (!resized) return {};
+  AF_CHECK(height == width, "resize_pad: got images of ", height, " x ", width, "; allowed is square images");
+  AF_CHECK(padded >= height, "resize_pad.padded: got ", padded, "; allowed is a whole number, at least ", height);
+  const std::vector<int64_t> shape{grid.copies, grid.images};
+  const auto sizes = counts_of("resize_pad.resized", *resized, shape);
+  const auto tops = counts_of("resize_pad.top", *top, shape);
+  const auto lefts = counts_of("resize_pad.left", *left, shape);
+  std::vector<ResizePadPlace> places(sizes.size());
+  for (size_t i = 0; i < places.size(); ++i) {
+    const int64_t room = padded - sizes[i];
+    AF_CHECK(0 <= sizes[i] && room >= 0, "resize_pad.resized: got ", sizes[i], "; allowed is 0 to ", padded);
+    AF_CHECK(sizes[i] == 0 || (0 <= tops[i] && tops[i] <= room), "resize_pad.top: got ", tops[i], " for a side of ",
+             sizes[i], " in ", padded, "; allowed is 0 to ", room);
+    AF_CHECK(sizes[i] == 0 || (0 <= lefts[i] && lefts[i] <= room), "resize_pad.left: got ", lefts[i], " for a side of ",
+             sizes[i], " in ", padded, "; allowed is 0 to ", room);
+    places[i] = {sizes[i], tops[i], lefts[i], padded};
+  }
+  return places;
+}
+
+bool any_resized(const std::vector<ResizePadPlace>& places) {
+  return std::any_of(places.begin(), places.end(), [](const ResizePadPlace& place) { return place.resized != 0; });
+}
+
+struct NoiseKey {
+  uint64_t seed;
+  uint32_t step, purpose;
+};
+
+NoiseKey key_of(const std::vector<int64_t>& key) {
+  AF_CHECK(key.size() == 4, "noise_key: got ", key.size(),
+           " numbers; allowed is low and high word of the seed, step and purpose");
+  check_range("noise.seed", {key[0], key[1]}, WORD);
+  check_range("noise.step", {key[2]}, WORD);
+  check_range("noise.purpose", {key[3]}, MAX_PURPOSES);
+  return {static_cast<uint64_t>(key[1]) << 32 | static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[2]),
+          static_cast<uint32_t>(key[3])};
+}
+
+Planes<const void> planes_of(const Tensor& batch, int64_t row) {
+  const Dtype dtype = floating_dtype("images", batch.scalar_type());
+  const char* data = static_cast<const char*>(batch.const_data_ptr()) + row * batch.stride(0) * size_of(dtype);
+  return {dtype, data, batch.stride(1), batch.stride(2), batch.stride(3)};
+}
+
+Planes<void> written_planes_of(const Tensor& batch, int64_t row) {
+  const Planes<const void> planes = planes_of(batch, row);
+  return {planes.dtype, const_cast<void*>(planes.data), planes.stride_c, planes.stride_h, planes.stride_w};
+}
+
+// Calls visit(item, begin, end) for rows begin .. end of every item, cutting few items up for the threads there are.
+template <class Visit>
+void each_rows(int64_t items, int64_t height, int64_t row_elements, const Visit& visit) {
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t wanted = items >= 4 * threads ? 1 : (4 * threads + items - 1) / items;
+  const int64_t band = std::max<int64_t>((height + wanted - 1) / wanted, std::min<int64_t>(height, DIVERSIFY_BAND));
+  const int64_t bands = (height + band - 1) / band;
+  torch::stable::parallel_for(0, items * bands, grain_of(band * row_elements), [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task % bands * band;
+      visit(task / bands, begin, std::min(height, begin + band));
+    }
+  });
+}
+
+const double* data_of(const std::vector<double>& values) { return values.empty() ? nullptr : values.data(); }
+
+Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector<int64_t> noise_key,
+                 std::optional<Tensor> noise_images, std::optional<Tensor> noise_copies, std::optional<Tensor> pool,
+                 std::optional<Tensor> partner, std::optional<Tensor> weight, std::optional<Tensor> scale,
+                 std::optional<Tensor> resized, std::optional<Tensor> top, std::optional<Tensor> left, int64_t padded,
+                 std::optional<Tensor> mean, std::optional<Tensor> std, ScalarType dtype, bool channels_last) {
+  check_cpu("images", images);
+  check_shape("images", images, {-1, -1, -1, -1});
+  floating_dtype("images", images.scalar_type());
+  floating_dtype("dtype", dtype);
+  AF_CHECK(copies >= 1, "copies: got ", copies, "; allowed is a whole number, at least 1");
+  const int64_t count = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  const Grid grid{copies, count};
+  const std::vector<int64_t> shape{copies, count};
+
+  AF_CHECK(noise_images.has_value() == noise_copies.has_value(),
+           "noise.images, noise.copies: got one of them; allowed is both or neither");
+  AF_CHECK(noise_radius >= 0 && std::isfinite(noise_radius), "noise.radius: got ", noise_radius,
+           "; allowed is a finite number >= 0");
+  std::vector<int64_t> image_indices, copy_indices;
+  NoiseKey key{};
+  if (noise_images) {
+    key = key_of(noise_key);
+    image_indices = counts_of("noise.images", *noise_images, {count});
+    copy_indices = counts_of("noise.copies", *noise_copies, {copies});
+    check_range("noise.images", image_indices, WORD);
+    check_range("noise.copies", copy_indices, MAX_COPIES);
+  }
+  AF_CHECK(pool.has_value() == partner.has_value() && pool.has_value() == weight.has_value(),
+           "mixing.pool, mixing.partner, mixing.weight: got some of them; allowed is all or none");
+  std::vector<int64_t> partners;
+  if (pool) {
+    check_cpu("mixing.pool", *pool);
+    check_shape("mixing.pool", *pool, {-1, channels, height, width});
+    floating_dtype("mixing.pool", pool->scalar_type());
+    partners = counts_of("mixing.partner", *partner, shape);
+    check_range("mixing.partner", partners, pool->size(0));
+  }
+  const std::vector<double> weights = numbers_of("mixing.weight", weight, shape);
+  const std::vector<double> scales = numbers_of("scale", scale, shape);
+  const std::vector<ResizePadPlace> places = places_of(resized, top, left, padded, grid, height, width);
+  const std::vector<double> means = numbers_of("mean", mean, {channels});
+  const std::vector<double> stds = numbers_of("std", std, {channels});
+
+  Tensor out =
+      torch::stable::empty({copies * count, channels, height, width}, dtype, std::nullopt, std::nullopt, std::nullopt,
+                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (out.numel() == 0) return out;
+
+  const float low = static_cast<float>(-noise_radius), noise_width = static_cast<float>(2 * noise_radius);
+  const bool resizes = any_resized(places);
+  const auto copy_of = [&](int64_t row) {
+    const int64_t n = row % count;
+    DiversifyCopy copy{};
+    copy.size = {channels, height, width};
+    copy.resizes = resizes;
+    copy.image = planes_of(images, n);
+    if (pool) {
+      copy.pool = planes_of(*pool, partners[row]);
+      copy.weight = weights[row];
+    }
+    copy.scale = scales.empty() ? 1.0 : scales[row];
+    copy.noisy = noise_images.has_value();
+    if (copy.noisy) {
+      copy.noise = philox_stream(key.seed, static_cast<uint32_t>(image_indices[n]), key.step,
+                                 static_cast<uint32_t>(copy_indices[row / count]), key.purpose);
+      copy.noise_low = low;
+      copy.noise_width = noise_width;
+    }
+    if (!places.empty()) copy.place = places[row];
+    copy.mean = data_of(means);
+    copy.std = data_of(stds);
+    copy.out = written_planes_of(out, row);
+    return copy;
+  };
+  const auto rows = AF_KERNEL(diversify_rows);
+  each_rows(copies * count, height, channels * width,
+            [&](int64_t row, int64_t begin, int64_t end) { rows(copy_of(row), begin, end); });
+  return out;
+}
+
+Tensor diversify_backward(Tensor grad, int64_t copies, std::optional<Tensor> scale, std::optional<Tensor> resized,
+                          std::optional<Tensor> top, std::optional<Tensor> left, int64_t padded,
+                          std::optional<Tensor> std, ScalarType dtype) {
+  check_cpu("grad", grad);
+  check_shape("grad", grad, {-1, -1, -1, -1});
+  floating_dtype("grad", grad.scalar_type());
+  floating_dtype("dtype", dtype);
+  AF_CHECK(copies >= 1 && grad.size(0) % copies == 0, "copies: got ", copies, " for a gradient of ", grad.size(0),
+           " images; allowed is a divisor of that number, at least 1");
+  const int64_t count = grad.size(0) / copies, channels = grad.size(1), height = grad.size(2), width = grad.size(3);
+  const std::vector<double> scales = numbers_of("scale", scale, {copies, count});
+  const auto places = places_of(resized, top, left, padded, {copies, count}, height, width);
+  const std::vector<double> stds = numbers_of("std", std, {channels});
+
+  Tensor out = torch::stable::empty({count, channels, height, width}, dtype);
+  if (out.numel() == 0) return out;
+
+  const bool resizes = any_resized(places);
+  const auto rows = AF_KERNEL(diversify_adjoint_rows);
+  each_rows(count, height, copies * channels * width, [&](int64_t n, int64_t begin, int64_t end) {
+    DiversifyAdjoint adjoint{};
+    adjoint.size = {channels, height, width};
+    adjoint.resizes = resizes;
+    adjoint.copies = copies;
+    adjoint.grad = planes_of(grad, n);
+    adjoint.grad_stride = count * grad.stride(0);
+    adjoint.scale = scales.empty() ? nullptr : scales.data() + n;
+    adjoint.place = places.empty() ? nullptr : places.data() + n;
+    adjoint.stride = count;
+    adjoint.std = data_of(stds);
+    adjoint.out = written_planes_of(out, n);
+    rows(adjoint, begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace alignfast
+
+STABLE_TORCH_LIBRARY_IMPL(alignfast, CPU, m) {
+  m.impl("diversify", TORCH_BOX(&alignfast::diversify));
+  m.impl("diversify_backward", TORCH_BOX(&alignfast::diversify_backward));
+}
