@@ -15,8 +15,8 @@ class Buffer {
   explicit Buffer(int64_t count)
       : data_(static_cast<V*>(::operator new(static_cast<size_t>(count) * sizeof(V), ALIGNMENT))) {}
   ~Buffer() { ::operator delete(data_, ALIGNMENT); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) : data_(other.data_) { other.data_ = nullptr; }
+  Buffer& operator=(Buffer&&) = delete;
 
   operator V*() const { return data_; }
 

@@ -50,16 +50,6 @@ Pixel<V, L> operator+(const Pixel<V, L>& a, const Pixel<V, L>& b) {
 }
 
 template <class V, int L>
-Pixel<V, L> operator-(const Pixel<V, L>& a, const Pixel<V, L>& b) {
-  return a.with(b, [](auto x, auto y) { return x - y; });
-}
-
-template <class V, int L>
-Pixel<V, L> operator/(const Pixel<V, L>& a, const Pixel<V, L>& b) {
-  return a.with(b, [](auto x, auto y) { return x / y; });
-}
-
-template <class V, int L>
 Pixel<V, L> pixel_at(const V* row, int64_t x) {
   Pixel<V, L> pixel;
   std::memcpy(&pixel, row + x * L, sizeof(pixel));
@@ -69,6 +59,11 @@ Pixel<V, L> pixel_at(const V* row, int64_t x) {
 template <class V, int L>
 void put_pixel(V* row, int64_t x, const Pixel<V, L>& pixel) {
   std::memcpy(row + x * L, &pixel, sizeof(pixel));
+}
+
+template <class V>
+void fill(V* out, int64_t length, V value) {
+  for (int64_t i = 0; i < length; ++i) out[i] = value;
 }
 
 // The pixels of a row after resizing in terms of those before, or the other way round for the adjoint: the same number
@@ -84,8 +79,6 @@ struct TapTable {
 
 struct Resizing {
   int64_t size, resized, offset, padded;
-
-  int64_t taps() const { return padded == size ? 2 : MAX_TAPS; }
 
   // Calls visit(position, index, weight) for all entries that are not zero, one for each pair, by growing position.
   template <class Visit>
@@ -105,44 +98,37 @@ struct Resizing {
   }
 };
 
-template <class V>
-void clear(const Resizing& resizing, const TapTable<V>& table) {
-  for (int64_t i = 0; i < resizing.size * table.taps; ++i) {
-    table.index[i] = 0;
-    table.weight[i] = 0;
-  }
-}
+// What a line of the result is made of, or for the adjoint what a line of the image went into.
+enum class Towards { result, image };
 
-template <class V>
-void fill_forward(const Resizing& resizing, const TapTable<V>& table) {
-  clear(resizing, table);
-  int64_t last = -1, used = 0;
+// Calls visit(line, other, weight), lines and others by the direction.
+template <Towards TOWARDS, class Visit>
+void each_entry_of(const Resizing& resizing, Visit visit) {
   resizing.each_entry([&](int64_t position, int64_t index, double weight) {
-    used = position == last ? used + 1 : 0;
-    last = position;
-    table.index[position * table.taps + used] = static_cast<int32_t>(index);
-    table.weight[position * table.taps + used] = static_cast<V>(weight);
+    if constexpr (TOWARDS == Towards::result) {
+      visit(position, index, weight);
+    } else {
+      visit(index, position, weight);
+    }
   });
 }
 
-int64_t adjoint_taps(const Resizing& resizing) {
+template <class V, Towards TOWARDS>
+TapTable<V> taps_of(const Resizing& resizing) {
   const Buffer<int32_t> counts(resizing.size);
-  for (int64_t i = 0; i < resizing.size; ++i) counts[i] = 0;
+  fill<int32_t>(counts, resizing.size, 0);
   int32_t most = 1;
-  resizing.each_entry([&](int64_t, int64_t index, double) { most = larger(most, ++counts[index]); });
-  return most;
-}
-
-template <class V>
-void fill_adjoint(const Resizing& resizing, const TapTable<V>& table) {
-  const Buffer<int32_t> counts(resizing.size);
-  for (int64_t i = 0; i < resizing.size; ++i) counts[i] = 0;
-  clear(resizing, table);
-  resizing.each_entry([&](int64_t position, int64_t index, double weight) {
-    const int64_t at = index * table.taps + counts[index]++;
-    table.index[at] = static_cast<int32_t>(position);
+  each_entry_of<TOWARDS>(resizing, [&](int64_t line, int64_t, double) { most = larger(most, ++counts[line]); });
+  TapTable<V> table(resizing.size, most);
+  fill<int32_t>(table.index, resizing.size * most, 0);
+  fill<V>(table.weight, resizing.size * most, 0);
+  fill<int32_t>(counts, resizing.size, 0);
+  each_entry_of<TOWARDS>(resizing, [&](int64_t line, int64_t other, double weight) {
+    const int64_t at = line * most + counts[line]++;
+    table.index[at] = static_cast<int32_t>(other);
     table.weight[at] = static_cast<V>(weight);
   });
+  return table;
 }
 
 // The rows that the last results were made of, since the next one shares most of them.
@@ -176,11 +162,6 @@ class RowCache {
 };
 
 template <class V>
-void fill(V* out, int64_t length, V value) {
-  for (int64_t i = 0; i < length; ++i) out[i] = value;
-}
-
-template <class V>
 void weigh(const V* __restrict row, V weight, int64_t length, V* __restrict out) {
   for (int64_t i = 0; i < length; ++i) out[i] = weight * row[i];
 }
@@ -204,32 +185,56 @@ void resize_rows(const TapTable<V>& table, int64_t y, RowCache<V>& cache, int64_
   }
 }
 
-// Calls visit(x, pixel) with the pixels of the row after its columns are resized. T taps, or any number if that is 0.
-template <int T, int L, class V, class Visit>
-void resize_columns_of(const TapTable<V>& table, int64_t width, const V* row, Visit visit) {
+// The row after its columns are resized. T taps a pixel, or any number if that is 0.
+template <int T, int L, class V>
+void resize_columns_of(const TapTable<V>& table, int64_t width, const V* __restrict row, V* __restrict out) {
   const int64_t taps = T == 0 ? table.taps : T;
   const int32_t* index = table.index;
   const V* weight = table.weight;
   for (int64_t x = 0; x < width; ++x, index += taps, weight += taps) {
     Pixel<V, L> sum = weighed(pixel_at<V, L>(row, index[0]), weight[0]);
     for (int64_t i = 1; i < taps; ++i) sum = sum + weighed(pixel_at<V, L>(row, index[i]), weight[i]);
-    visit(x, sum);
+    put_pixel<V, L>(out, x, sum);
   }
 }
 
-template <int L, class V, class Visit>
-void resize_columns(const TapTable<V>& table, int64_t width, const V* row, Visit visit) {
+template <int L, class V>
+void resize_columns(const TapTable<V>& table, int64_t width, const V* row, V* out) {
   switch (table.taps) {
     case 2:
-      return resize_columns_of<2, L>(table, width, row, visit);
+      return resize_columns_of<2, L>(table, width, row, out);
     case 3:
-      return resize_columns_of<3, L>(table, width, row, visit);
+      return resize_columns_of<3, L>(table, width, row, out);
     case 4:
-      return resize_columns_of<4, L>(table, width, row, visit);
+      return resize_columns_of<4, L>(table, width, row, out);
     default:
-      return resize_columns_of<0, L>(table, width, row, visit);
+      return resize_columns_of<0, L>(table, width, row, out);
   }
 }
+
+// (row - mean) / std with the numbers of the row's channels, over whole blocks of lanes.
+template <class V>
+struct Normalisation {
+  V mean[LANES], std[LANES];
+
+  // Channels first .. first + count, held by `pixel` a pixel.
+  Normalisation(const double* means, const double* stds, int64_t first, int64_t count, int64_t pixel) {
+    for (int64_t i = 0; i < LANES; ++i) {
+      const int64_t channel = i % pixel;
+      mean[i] = means != nullptr && channel < count ? static_cast<V>(means[first + channel]) : V(0);
+      std[i] = stds != nullptr && channel < count ? static_cast<V>(stds[first + channel]) : V(1);
+    }
+  }
+
+  void apply(V* __restrict row, int64_t length) const {
+    for (int64_t i = 0; i < length; i += LANES) {
+      for (int64_t j = 0; j < LANES; ++j) row[i + j] = (row[i + j] - mean[j]) / std[j];
+    }
+  }
+};
+
+// Room for rows of `length` that are taken by blocks of lanes.
+int64_t in_blocks(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
 
 // One row of one channel.
 template <class V>
@@ -273,12 +278,19 @@ bool interleaved(int64_t stride_c, int64_t stride_w, int64_t channels) {
   return channels <= PIXEL && stride_c == 1 && stride_w == channels;
 }
 
+template <class V>
+void deinterleave(const V* __restrict row, int64_t width, V* __restrict planar) {
+  for (int64_t x = 0; x < width; ++x) {
+    for (int i = 0; i < PIXEL; ++i) planar[i * width + x] = row[PIXEL * x + i];
+  }
+}
+
 template <class T, class V>
-void write_row(const V* __restrict row, int64_t width, int64_t pixel, int64_t stride, T* __restrict out) {
-  if (pixel == 1 && stride == 1) {
+void write_row(const V* __restrict row, int64_t width, int64_t stride, T* __restrict out) {
+  if (stride == 1) {
     for (int64_t x = 0; x < width; ++x) out[x] = narrow<T>(static_cast<Wide<T>>(row[x]));
   } else {
-    for (int64_t x = 0; x < width; ++x) out[x * stride] = narrow<T>(static_cast<Wide<T>>(row[x * pixel]));
+    for (int64_t x = 0; x < width; ++x) out[x * stride] = narrow<T>(static_cast<Wide<T>>(row[x]));
   }
 }
 
@@ -291,18 +303,20 @@ void write_pixels(const V* __restrict row, int64_t width, int64_t channels, T* _
   for (int64_t i = 0; i < channels; ++i) out[channels * (width - 1) + i] = narrowed[PIXEL * (width - 1) + i];
 }
 
-// Channels first .. first + count of row y. `narrowed` has room for a row of V.
+// Channels first .. first + count of row y. `spare` has room for a row.
 template <int L, class V>
 void write_channels(const Planes<void>& planes, const ImageSize& size, int64_t first, int64_t count, int64_t y,
-                    const V* row, V* narrowed) {
+                    const V* row, V* spare) {
   with_type(planes.dtype, [&](auto type) {
     using T = decltype(type);
     T* out = static_cast<T*>(planes.data) + first * planes.stride_c + y * planes.stride_h;
     if (L == PIXEL && sizeof(T) <= sizeof(V) && interleaved(planes.stride_c, planes.stride_w, size.channels)) {
-      return write_pixels<T>(row, size.width, size.channels, reinterpret_cast<T*>(narrowed), out);
+      return write_pixels<T>(row, size.width, size.channels, reinterpret_cast<T*>(spare), out);
     }
+    if (L == PIXEL) deinterleave(row, size.width, spare);
+    const V* planar = L == PIXEL ? spare : row;
     for (int64_t i = 0; i < count; ++i) {
-      write_row<T>(row + i, size.width, L, planes.stride_w, out + i * planes.stride_c);
+      write_row<T>(planar + i * size.width, size.width, planes.stride_w, out + i * planes.stride_c);
     }
   });
 }
@@ -315,26 +329,19 @@ class Forward {
         first_(first),
         channels_(smaller<int64_t>(L, copy.size.channels - first)),
         length_(copy.size.width * L),
+        normalisation_(copy.mean, copy.std, first, channels_, L),
         planar_(length_),
         extra_(copy.size.width),
-        result_(length_) {
-    for (int64_t i = channels_ * copy.size.width; i < length_; ++i) planar_[i] = 0;
-    V mean[L], std[L];
-    for (int64_t i = 0; i < L; ++i) {
-      mean[i] = copy.mean != nullptr && i < channels_ ? static_cast<V>(copy.mean[first + i]) : V(0);
-      std[i] = copy.std != nullptr && i < channels_ ? static_cast<V>(copy.std[first + i]) : V(1);
-    }
-    mean_ = pixel_at<V, L>(mean, 0);
-    std_ = pixel_at<V, L>(std, 0);
+        result_(in_blocks(length_)) {
+    fill<V>(planar_, length_, 0);
+    fill<V>(result_, in_blocks(length_), 0);
   }
 
   void rows(int64_t begin, int64_t end) {
     if (copy_.place.resized != 0) return resized_rows(begin, end);
-    const Buffer<V> row(length_);
     for (int64_t y = begin; y < end; ++y) {
-      make_row(y, row);
-      for (int64_t x = 0; x < copy_.size.width; ++x) put(x, pixel_at<V, L>(row, x));
-      write(y, row);
+      make_row(y, result_);
+      write(y);
     }
   }
 
@@ -343,15 +350,13 @@ class Forward {
     const ResizePadPlace& place = copy_.place;
     const Resizing down{copy_.size.height, place.resized, place.top, place.padded};
     const Resizing along{copy_.size.width, place.resized, place.left, place.padded};
-    const TapTable<V> rows(down.size, down.taps()), columns(along.size, along.taps());
-    fill_forward(down, rows);
-    fill_forward(along, columns);
+    const TapTable<V> rows = taps_of<V, Towards::result>(down), columns = taps_of<V, Towards::result>(along);
     RowCache<V> cache(rows.taps, length_);
     const Buffer<V> row(length_);
     for (int64_t y = begin; y < end; ++y) {
       resize_rows<V>(rows, y, cache, length_, [this](int64_t index, V* made) { make_row(index, made); }, row);
-      resize_columns<L, V>(columns, copy_.size.width, row, [this](int64_t x, auto pixel) { put(x, pixel); });
-      write(y, row);
+      resize_columns<L, V>(columns, copy_.size.width, row, result_);
+      write(y);
     }
   }
 
@@ -378,18 +383,19 @@ class Forward {
       add_weighed<V>(extra, static_cast<V>(copy_.weight), width, row);
     }
     const V scale = static_cast<V>(copy_.scale);
+    if (scale == 1) return;
     for (int64_t x = 0; x < width; ++x) row[x] = row[x] * scale;
   }
 
-  void put(int64_t x, const Pixel<V, L>& pixel) { put_pixel<V, L>(result_, x, (pixel - mean_) / std_); }
-
-  // `spare` has room for a row.
-  void write(int64_t y, V* spare) { write_channels<L, V>(copy_.out, copy_.size, first_, channels_, y, result_, spare); }
+  void write(int64_t y) {
+    if (copy_.mean != nullptr || copy_.std != nullptr) normalisation_.apply(result_, length_);
+    write_channels<L, V>(copy_.out, copy_.size, first_, channels_, y, result_, planar_);
+  }
 
   const DiversifyCopy& copy_;
   int64_t first_, channels_, length_;
+  Normalisation<V> normalisation_;
   Buffer<V> planar_, extra_, result_;
-  Pixel<V, L> mean_, std_;
 };
 
 template <class V, int L>
@@ -400,14 +406,11 @@ class Adjoint {
         first_(first),
         channels_(smaller<int64_t>(L, adjoint.size.channels - first)),
         width_(adjoint.size.width),
+        normalisation_(nullptr, adjoint.std, first, channels_, L),
         planar_(width_ * L),
-        result_(width_ * L) {
+        result_(in_blocks(width_ * L)) {
     fill<V>(planar_, width_ * L, 0);
-    V std[L];
-    for (int64_t i = 0; i < L; ++i) {
-      std[i] = adjoint.std != nullptr && i < channels_ ? static_cast<V>(adjoint.std[first + i]) : V(1);
-    }
-    std_ = pixel_at<V, L>(std, 0);
+    fill<V>(result_, in_blocks(width_ * L), 0);
   }
 
   void rows(int64_t begin, int64_t end) {
@@ -422,7 +425,7 @@ class Adjoint {
           const int64_t count = smaller(DIVERSIFY_BAND, end - from) * width_;
           sum_copies(from, from + count / width_, sums, count);
           for (int64_t i = 0; i < channels_; ++i) {
-            write_row<T, V>(sums + i * count, count, 1, 1, out + i * adjoint_.out.stride_c + from * width_);
+            write_row<T, V>(sums + i * count, count, 1, out + i * adjoint_.out.stride_c + from * width_);
           }
         }
       }
@@ -433,9 +436,11 @@ class Adjoint {
   // Into rows begin .. end of the planes that start at `sums`, `stride` apart.
   void sum_copies(int64_t begin, int64_t end, V* sums, int64_t stride) {
     for (int64_t copy = 0; copy < adjoint_.copies; ++copy) {
-      const auto add = [&](int64_t y, const V* row) {
+      const auto add = [&](int64_t y) {
+        if (L == PIXEL) deinterleave<V>(result_, width_, planar_);
+        const V* planar = L == PIXEL ? planar_ : result_;
         for (int64_t i = 0; i < channels_; ++i) {
-          add_row(row + i, scale_of(copy), copy == 0, sums + i * stride + (y - begin) * width_);
+          add_row(planar + i * width_, scale_of(copy), copy == 0, sums + i * stride + (y - begin) * width_);
         }
       };
       const ResizePadPlace place = place_of(copy);
@@ -444,7 +449,7 @@ class Adjoint {
       } else {
         for (int64_t y = begin; y < end; ++y) {
           make_row(copy, y, result_);
-          add(y, result_);
+          add(y);
         }
       }
     }
@@ -454,15 +459,13 @@ class Adjoint {
   void resized_rows(int64_t copy, const ResizePadPlace& place, int64_t begin, int64_t end, Add add) {
     const Resizing down{adjoint_.size.height, place.resized, place.top, place.padded};
     const Resizing along{width_, place.resized, place.left, place.padded};
-    const TapTable<V> rows(down.size, adjoint_taps(down)), columns(along.size, adjoint_taps(along));
-    fill_adjoint(down, rows);
-    fill_adjoint(along, columns);
-    RowCache<V> cache(rows.taps, width_ * L);
+    const TapTable<V> rows = taps_of<V, Towards::image>(down), columns = taps_of<V, Towards::image>(along);
+    RowCache<V> cache(rows.taps, in_blocks(width_ * L));
     const Buffer<V> row(width_ * L);
     for (int64_t y = begin; y < end; ++y) {
       resize_rows<V>(rows, y, cache, width_ * L, [&](int64_t index, V* made) { make_row(copy, index, made); }, row);
-      resize_columns<L, V>(columns, width_, row, [&](int64_t x, auto pixel) { put_pixel<V, L>(result_, x, pixel); });
-      add(y, result_);
+      resize_columns<L, V>(columns, width_, row, result_);
+      add(y);
     }
   }
 
@@ -477,15 +480,14 @@ class Adjoint {
       for (int64_t i = 0; i < channels_; ++i) read_row(grad, first_ + i, y, width_, planes + i * width_);
       if (L == PIXEL) interleave<V>(planes, width_, row);
     }
-    if (adjoint_.std == nullptr) return;
-    for (int64_t x = 0; x < width_; ++x) put_pixel<V, L>(row, x, pixel_at<V, L>(row, x) / std_);
+    if (adjoint_.std != nullptr) normalisation_.apply(row, width_ * L);
   }
 
   void add_row(const V* __restrict row, V scale, bool first, V* __restrict sum) {
     if (first) {
-      for (int64_t x = 0; x < width_; ++x) sum[x] = row[x * L] * scale;
+      for (int64_t x = 0; x < width_; ++x) sum[x] = row[x] * scale;
     } else {
-      for (int64_t x = 0; x < width_; ++x) sum[x] = sum[x] + row[x * L] * scale;
+      for (int64_t x = 0; x < width_; ++x) sum[x] = sum[x] + row[x] * scale;
     }
   }
 
@@ -499,8 +501,8 @@ class Adjoint {
 
   const DiversifyAdjoint& adjoint_;
   int64_t first_, channels_, width_;
+  Normalisation<V> normalisation_;
   Buffer<V> planar_, result_;
-  Pixel<V, L> std_;
 };
 
 // Calls visit(value, lanes) for the type to compute in and the channels to hold a row with, by their types.
