@@ -1,0 +1,145 @@
+"""Runs every op on fixed inputs, forward and backward, and prints a hash of each result as JSON.
+
+    python tests/native/every_op.py [THREADS]
+
+Needs torch alone: the package is taken without its __init__, which would import the models.
+"""
+
+import hashlib
+import json
+import sys
+import types
+from itertools import product
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def import_ops():
+    package = types.ModuleType("alignfast")
+    package.__path__ = [str(ROOT / "alignfast")]
+    sys.modules["alignfast"] = package
+    # Instead of the script's own folder, whose modules are not top-level ones.
+    sys.path[0] = str(ROOT)
+    from alignfast import ops
+    from tests import cases
+
+    return ops, cases
+
+
+ops, cases = import_ops()
+
+
+def hash_of(*tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def with_gradient(result, *inputs):
+    weight = cases.random(result.shape, 99, result.dtype, low=-1)
+    return hash_of(result, *torch.autograd.grad(result, inputs, weight))
+
+
+def label(*parts):
+    return " ".join(getattr(part, "__name__", str(part)) for part in parts)
+
+
+def sign_step():
+    images = [*product(cases.IMAGES, cases.DTYPES, [cases.contiguous])]
+    images += product([(2, 3, 7, 5), (5, 3, 9, 33)], cases.DTYPES, cases.IMAGE_LAYOUTS)
+    images += product([(2, 3, 96, 101)], cases.DTYPES, [cases.contiguous, cases.channels_last])
+    for (shape, dtype, layout), norm, moving in product(images, ["linf", "l2"], [False, True]):
+        image = cases.random(shape, 1, dtype)
+        adv = layout((image + cases.random(shape, 2, dtype, low=-0.1, high=0.1)).clamp(0, 1))
+        grad = layout(cases.random(shape, 3, dtype, low=-0.02, high=0.02))
+        momentum = layout(cases.random(shape, 4, dtype, low=-1)) if moving else None
+        ops.sign_step(adv, image, grad, momentum, alpha=0.03, eps=0.11, decay=0.9 if moving else 0.0, norm=norm)
+        yield label(shape, dtype, layout, norm, moving), hash_of(adv, *([momentum] if moving else []))
+
+
+def philox_uniform():
+    for shape, (low, high) in product([(), (0,), (1,), (3, 7, 5), (3, 96, 101)], [(0.0, 1.0), (-0.3, 0.7)]):
+        images, copies = cases.integers((4,), 1, 0, 2**32), cases.integers((3,), 2, 0, 2**24)
+        draws = ops.philox_uniform(images, copies, shape, seed=2**63 + 5, step=7, purpose=3, low=low, high=high)
+        yield label(shape, low), hash_of(draws)
+
+
+def smooth():
+    for (shape, size), dtype, layout in product(
+        [*cases.SMOOTHING, ((2, 3, 24, 101), 9)], cases.DTYPES, cases.IMAGE_LAYOUTS
+    ):
+        grad = layout(cases.random(shape, 1, dtype, low=-1)).requires_grad_()
+        kernel = cases.random((size,), 2, dtype, low=-0.5)
+        yield label(shape, size, dtype, layout), with_gradient(ops.smooth(grad, kernel), grad)
+
+
+def kl_div_with_logits():
+    options = [
+        (direction, "batchmean", "mean", witnesses)
+        for direction, witnesses in product(["forward", "reverse", "symmetric", "jsd"], [None, 3])
+    ]
+    options += [("forward", "sum", "max", 3), ("jsd", "none", "min", 3)]
+    inputs = [*product(cases.LOGITS, cases.DTYPES, [cases.contiguous])]
+    inputs += product([(5, 37), (64, 1000)], cases.DTYPES, cases.MATRIX_LAYOUTS)
+    for (shape, dtype, layout), (direction, reduction, combine, witnesses) in product(inputs, options):
+        if witnesses and shape[-1] > 1000:
+            continue
+        student = layout(cases.random(shape, 1, dtype, low=-9, high=9)).requires_grad_()
+        wanted = shape if witnesses is None else (witnesses, *shape)
+        teacher = layout(cases.random(wanted, 2, dtype, low=-9, high=9))
+        loss = ops.kl_div_with_logits(student, teacher, 2.5, direction, reduction, combine)
+        yield label(shape, dtype, layout, direction, reduction, combine, witnesses), with_gradient(loss, student)
+
+
+def diversify():
+    inputs = [*product(cases.SQUARES, cases.DTYPES, [cases.contiguous])]
+    inputs += product([(2, 3, 7), (2, 3, 33)], cases.DTYPES, cases.IMAGE_LAYOUTS)
+    formats = [torch.contiguous_format, torch.channels_last]
+    for (shape, dtype, layout), memory_format, parts in product(inputs, formats, ["", "nmse", "l", "nmslz"]):
+        count, channels, side = shape
+        images = layout(cases.random((count, channels, side, side), 1, dtype)).requires_grad_()
+        batch = ops.diversify(images, memory_format=memory_format, **parts_of(parts, images))
+        yield label(shape, dtype, layout, memory_format, parts), with_gradient(batch, images)
+
+
+def parts_of(parts, images):
+    """Noise, mixing, scale, shrinking or enlarging geometry and normalisation by their letters."""
+    count, channels, side = images.shape[:3]
+    copies = 3 if parts else 1
+    grid = (copies, count)
+    wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+    made = {"copies": copies}
+    if "n" in parts:
+        indices, numbers = cases.integers((count,), 2, 0, 2**32), cases.integers((copies,), 3, 0, 2**24)
+        made["noise"] = ops.Noise(0.2, 11, 3, 17, indices, numbers)
+    if "m" in parts:
+        pool = cases.random((5, *images.shape[1:]), 4, images.dtype)
+        made["mixing"] = ops.Mixing(pool, cases.integers(grid, 5, 0, 5), cases.random(grid, 6, wide))
+    if "s" in parts:
+        made["scale"] = cases.random(grid, 7, wide, low=-1.0)
+    if "e" in parts or "l" in parts:
+        padded = side if "e" in parts else side + 1 + side // 3
+        resized = cases.integers(grid, 8, 1 if padded == side else side, padded + 1)
+        top, left = (cases.integers(grid, seed, 0, padded - resized + 1) for seed in (9, 10))
+        made["resize_pad"] = ops.ResizePad(resized * (cases.random(grid, 11) < 0.8), top, left, padded)
+    if "z" in parts:
+        made |= {"mean": cases.random((channels,), 12, wide), "std": cases.random((channels,), 13, wide, low=0.2)}
+    return made
+
+
+OPS = [sign_step, philox_uniform, smooth, kl_div_with_logits, diversify]
+
+
+def main():
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
+    print(json.dumps({op.__name__: dict(op()) for op in OPS}))
+
+
+if __name__ == "__main__":
+    main()

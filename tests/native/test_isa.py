@@ -1,0 +1,80 @@
+"""Every instruction set that this processor has serves the ops when it is forced, with the same bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignfast import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+FORCED = "ALIGNFAST_CPU_ISA"
+USABLE = _C.usable_cpu_isas()
+OPS = {"kl_div_with_logits", "diversify", "sign_step", "smooth", "philox_uniform"}
+
+
+def run_python(*arguments, isa=None):
+    environment = {name: value for name, value in os.environ.items() if name != FORCED}
+    environment["PYTHONPATH"] = str(ROOT)
+    if isa is not None:
+        environment[FORCED] = isa
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def results(isa=None, threads=""):
+    run = run_python("tests/native/every_op.py", *threads, isa=isa)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def by_default():
+    found = results()
+    assert set(found) == OPS
+    assert all(len(hashes) >= 10 for hashes in found.values())
+    return found
+
+
+def differences(found, wanted):
+    assert {op: set(hashes) for op, hashes in found.items()} == {op: set(hashes) for op, hashes in wanted.items()}
+    return [(op, case) for op in wanted for case in wanted[op] if found[op][case] != wanted[op][case]]
+
+
+@pytest.mark.parametrize("isa", USABLE)
+def test_results_are_the_same_bits_on_every_instruction_set(isa, by_default):
+    assert differences(results(isa), by_default) == []
+
+
+def test_results_are_the_same_bits_on_one_thread(by_default):
+    assert differences(results(threads=["1"]), by_default) == []
+
+
+# The widest set is what the tests of the ops use by themselves.
+@pytest.mark.parametrize("isa", USABLE[:-1])
+def test_the_op_tests_pass_on_the_narrower_instruction_sets(isa):
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", isa=isa)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("isa", USABLE)
+def test_the_forced_instruction_set_serves(isa):
+    assert run_python("-c", "from alignfast import _C; print(_C.cpu_isa())", isa=isa).stdout.strip() == isa
+
+
+@pytest.mark.parametrize("isa", [None, ""])
+def test_the_widest_usable_instruction_set_serves_by_default(isa):
+    assert run_python("-c", "from alignfast import _C; print(_C.cpu_isa())", isa=isa).stdout.strip() == USABLE[-1]
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2", "sse2"])
+def test_an_unknown_instruction_set_is_an_import_error_that_names_what_is_allowed(isa):
+    run = run_python("-c", "import alignfast.ops", isa=isa)
+    assert run.returncode != 0
+    message = run.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: ")
+    assert f'{FORCED}: got "{isa}"; allowed on this processor is ' in message
+    assert set(message.rpartition(" is ")[2].split(", ")) == set(USABLE)
