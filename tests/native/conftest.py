@@ -1,5 +1,4 @@
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,3 @@ def build_folder() -> Path:
         if path.read_bytes() == built:
             return path.parent
     pytest.fail(f"{LIBRARY} is not from a folder under build/: run make build", pytrace=False)
-
-
-@pytest.fixture
-def program(request: pytest.FixtureRequest) -> str:
-    """The path of a program that a test names by indirect parametrisation, and is skipped without."""
-    found = shutil.which(request.param)
-    if found is None:
-        pytest.skip(f"no {request.param} on this machine")
-    return found
