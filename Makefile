@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test demo format clean FORCE
+.PHONY: help build test sanitize demo format clean FORCE
 
 PY := $(VENV)/bin/python
 # Through the interpreter, as its script is elsewhere where VENV inherits packages.
@@ -29,7 +29,8 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 CLANG_FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
 
 help:
-	@echo 'make test     linters, type checker and tests'
+	@echo 'make test     linters, type checker and tests, also under the sanitizers'
+	@echo 'make sanitize tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
 	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
 	@echo 'make format   format Python and C++'
@@ -44,6 +45,10 @@ test: $(BUILT)
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CLANG_FORMATTED)
 	$(PY) -m pytest $(ARGS)
+	$(PY) tests/native/sanitize.py
+
+sanitize: $(BUILT)
+	$(PY) tests/native/sanitize.py $(ARGS)
 
 demo: $(BUILT)
 	$(VENV)/bin/alignfast demo --out demo $(ARGS)
