@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from alignfast import ops
+from alignfast._C import cpu_isa
+from alignfast.native import NATIVE_DEVICES
 
 # The known answer of Philox4x32-10 to a counter and key of zeros, from its authors' Random123 library (kat_vectors).
 PHILOX_ZEROS = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
@@ -20,20 +22,32 @@ def report() -> dict[str, Any]:
     """The backends with what they found, the one chosen for each device type, and "ok" or a reason for every op."""
     return {
         "backends": {"cpu": cpu_backend(), "cuda": cuda_backend(), "triton": triton_backend()},
-        "chosen": {"cpu": "reference", "cuda": "reference"},
+        "chosen": {device: chosen(device) for device in ("cpu", "cuda")},
         "self_test": self_test(),
     }
 
 
+def chosen(device: str) -> str:
+    """What serves the ops there: for the CPU's own kernels with the instruction set they are of."""
+    if device not in NATIVE_DEVICES:
+        return "reference"
+    return f"native ({cpu_isa()})" if device == "cpu" else "native"
+
+
 def cpu_backend() -> dict[str, Any]:
-    """The native module: whether it loads and what it says about this build and processor."""
+    """The native module: whether it loads and what it says about this build and processor.
+
+    "isa" are the processor's instruction sets; "kernels" those of them, narrowest first, that the ops have kernels for.
+    """
     try:
         native = importlib.import_module("alignfast._C")
     except ImportError as error:
-        return {"loaded": False, "isa": [], "threads": os.cpu_count() or 1, "build": None, "reason": str(error)}
+        nothing = {"loaded": False, "isa": [], "kernels": [], "build": None}
+        return nothing | {"threads": os.cpu_count() or 1, "reason": str(error)}
     return {
         "loaded": True,
         "isa": native.instruction_sets(),
+        "kernels": native.usable_cpu_isas(),
         "threads": native.thread_count(),
         "build": native.build_info(),
         "reason": None,

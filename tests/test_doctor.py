@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -20,7 +22,7 @@ def test_report_has_the_documented_shape() -> None:
     assert set(report) == {"backends", "chosen", "self_test"}
     assert set(report["chosen"]) == {"cpu", "cuda"}
     backends = report["backends"]
-    assert {"loaded", "isa", "threads"} <= set(backends["cpu"])
+    assert {"loaded", "isa", "kernels", "threads"} <= set(backends["cpu"])
     assert {"built", "loads", "archs", "device"} <= set(backends["cuda"])
     assert {"importable", "version", "device"} <= set(backends["triton"])
     assert json.loads(json.dumps(report)) == report
@@ -31,14 +33,29 @@ def test_report_tells_what_is_here() -> None:
     native = importlib.import_module("alignfast._C")
     assert backends["cpu"]["loaded"] is True
     assert backends["cpu"]["build"] == native.build_info()
+    assert backends["cpu"]["kernels"] == native.usable_cpu_isas()
     assert (backends["cuda"]["device"] is not None) == torch.cuda.is_available()
+
+
+def test_what_serves_is_named_with_its_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = importlib.import_module("alignfast._C").cpu_isa()
+    assert doctor.report()["chosen"] == {"cpu": f"native ({isa})", "cuda": "reference"}
+    monkeypatch.setattr(doctor, "NATIVE_DEVICES", frozenset())
+    assert doctor.chosen("cpu") == "reference"
+
+
+def test_a_forced_instruction_set_is_what_serves() -> None:
+    program = "from alignfast import doctor; print(doctor.chosen('cpu'))"
+    environment = os.environ | {"ALIGNFAST_CPU_ISA": "baseline"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "native (baseline)"
 
 
 def test_native_module_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "alignfast._C", None)
     cpu = doctor.cpu_backend()
     assert cpu["loaded"] is False
-    assert cpu["isa"] == []
+    assert cpu["isa"] == cpu["kernels"] == []
     assert "alignfast._C" in cpu["reason"]
 
 

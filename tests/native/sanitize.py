@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "sanitize"
-PARTS = ["alignfast", "csrc", "kernels", "tests", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"]
+PARTS = ["alignfast", "csrc", "kernels", "tests"]
+PARTS += ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"]
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 # Python loads the runtimes last, but they have to come first; the C++ library as well, since they wrap its throw.
 RUNTIMES = ["libasan.so", "libubsan.so", "libstdc++.so"]
