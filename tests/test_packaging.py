@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from alignfast import _C
 
@@ -25,8 +28,12 @@ KNOWN_SETS = {
 }
 
 
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def declared() -> dict[str, str]:
-    project: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project: dict[str, str] = pyproject()["project"]
     return project
 
 
@@ -111,8 +118,9 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     for part in PARTS:
-        sources = (path for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"})
+        sources = {path for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"}}
         assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
     assert {"CMakeLists.txt", "LICENSE", "Makefile", "pyproject.toml", "setup.py", "alignfast/py.typed"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -123,23 +131,60 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = [line.split(",")[0] for line in record.splitlines()]
     assert {name.split("/")[0] for name in names} == {"alignfast", f"alignfast-{declared()['version']}.dist-info"}
     assert {"alignfast/kernels/__init__.py", "alignfast/_C.pyi", "alignfast/py.typed"} <= set(names)
-    assert [name for name in names if name.startswith("alignfast/_C.") and name.endswith(".so")]
+    (module,) = (name for name in names if name.startswith("alignfast/_C.") and name.endswith(".so"))
+    assert {name for name in names if name.endswith(".so")} == {module, "alignfast/libalignfast_ops.so"}
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+
+
+def test_wheel_is_of_this_python_and_platform(wheel: Path) -> None:
+    python, abi, platform = wheel.stem.split("-")[2:]
+    version = "cp{}{}".format(*sys.version_info[:2])
+    assert (python, abi) == (version, version)
+    assert platform == f"linux_{os.uname().machine}"
+
+
+def test_torch_is_needed_to_build_and_to_run() -> None:
+    """Its headers, in the release that the library is compiled for, or a later one."""
+    (target,) = re.findall(
+        r"TORCH_TARGET_VERSION=0x(\w{2})(\w{2})", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    )
+    oldest = ".".join(str(int(part, 16)) for part in target)
+    assert f"torch>={oldest}" in pyproject()["build-system"]["requires"]
+    assert f"torch>={oldest}" in declared()["dependencies"]
+
+
+def test_libraries_of_the_wheel_hold_symbols_and_no_path(wheel: Path, tmp_path: Path) -> None:
+    """A path to libraries would be one of the machine that built it; the tests of the kernels read the symbols."""
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [archive.extract(name, tmp_path) for name in archive.namelist() if name.endswith(".so")]
+    assert len(libraries) == 2
+    for library in libraries:
+        with Path(library).open("rb") as file:
+            elf = ELFFile(file)
+            tags = {tag.entry.d_tag for tag in elf.get_section_by_name(".dynamic").iter_tags()}
+            assert "DT_NEEDED" in tags
+            assert not tags & {"DT_RPATH", "DT_RUNPATH"}
+            assert elf.get_section_by_name(".symtab") is not None
 
 
 def test_wheel_is_complete(wheel: Path, tmp_path: Path) -> None:
-    """Its module loads and reports from a folder that holds nothing but the wheel's files."""
+    """Its module and its ops load and work in a folder that holds nothing but the wheel's files."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     # The package itself needs more than the module under test, hence a bare stand-in for its __init__.
     (tmp_path / "alignfast" / "__init__.py").write_text("", encoding="utf-8")
-    program = (
-        "import alignfast._C as c, alignfast.kernels as k; print(c.__file__, k.__file__, c.build_info()['version'])"
-    )
+    program = """
+import torch, alignfast._C as c, alignfast.kernels as k, alignfast.native as n, alignfast.ops as o
+zero = torch.zeros(1, dtype=torch.int64)
+draw = o.philox_uniform(zero, zero, (1,), seed=0).item()
+print(c.__file__, k.__file__, n.PATH, c.build_info()["version"], int(draw * 2**24) == 0x6627E8D5 >> 8)
+"""
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    module, kernels, version = run.stdout.split()
-    assert Path(module).is_relative_to(tmp_path)
-    assert Path(kernels).is_relative_to(tmp_path)
+    *paths, version, right = run.stdout.split()
+    assert len(paths) == 3
+    assert all(Path(path).is_relative_to(tmp_path) for path in paths)
     assert version == declared()["version"]
+    assert right == "True"
