@@ -39,6 +39,7 @@ def main() -> int:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
+        "OMP_WAIT_POLICY": "passive",
     }
     # -s, because a process that a sanitizer ends takes with it what pytest has captured.
     pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/ops", *sys.argv[1:]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.native import objects
-from tests.native.test_isa import differences, results
+from tests.native.test_isa import EVERY_OP, PATIENT, differences, results
 from tests.native.test_symbols import is_foreign, undefined
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_ops_give_the_same_bits_when_built_by_clang(clang, tmp_path):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     for path in clang.glob("*.so"):
         shutil.copy(path, tmp_path / "alignfast")
-    found = check_run(sys.executable, tmp_path / "tests" / "native" / "every_op.py", cwd=tmp_path)
+    found = check_run(sys.executable, tmp_path / EVERY_OP, cwd=tmp_path, env=os.environ | PATIENT)
     assert differences(json.loads(found), results()) == []
 
 
