@@ -1,0 +1,1 @@
+"""How fast every op is, against the expression people write without it and against the memory."""

@@ -1,0 +1,250 @@
+"""Checks a case, then times its sides in alternation in this process, so that whatever slows one slows all."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Case
+from .work import Expression, Run, Tensors, Work
+
+Clock = Callable[[], float]
+Call = Callable[[], object]
+
+# What is timed at once lasts at least this long, so that reading the clock and starting threads do not count.
+BLOCK_SECONDS = 0.005
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 1000
+# Elements whose errors are found together; float64 copies of a whole batch would be larger than the batch.
+CHECKED_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case came to: a fault, or the seconds a call of every side, round by round.
+
+    Sides are "ours", "eager", perhaps "compiled", and "copy", which moves as many bytes as the op has to.
+    """
+
+    case: Case
+    moved: int
+    fault: str | None = None
+    rounds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, Spread]:
+        return {side: Spread.of(values) for side, values in self.rounds.items()}
+
+    @property
+    def ratios(self) -> dict[str, Spread]:
+        """By side, its median over that of ours, and the quartiles of the ratios within a round.
+
+        That of "copy" is the op's share of the bandwidth a copy reaches.
+        """
+        ours = self.rounds.get("ours", ())
+        ratios = {}
+        for side, values in self.rounds.items():
+            if side != "ours":
+                within = Spread.of([a / b for a, b in zip(values, ours, strict=True)])
+                ratios[side] = Spread(statistics.median(values) / statistics.median(ours), within.low, within.high)
+        return ratios
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        return self.moved / self.seconds["ours"].median / 1e9 if self.rounds else None
+
+    @property
+    def missed(self) -> list[str]:
+        """The sides against which the target was not reached."""
+        ratios = self.ratios
+        return [side for side, least in self.case.targets.items() if side in ratios and ratios[side].median < least]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.case.name,
+            "op": self.case.op,
+            "variant": self.case.variant,
+            "dtype": self.case.dtype,
+            "shape": list(self.case.shape),
+            "bytes": self.moved,
+            "wrong": self.fault,
+            "rounds": len(self.rounds.get("ours", ())),
+            "seconds": {side: vars(spread) for side, spread in self.seconds.items()},
+            "ratios": {side: vars(spread) for side, spread in self.ratios.items()},
+            "gigabytes_per_second": self.gigabytes_per_second,
+            "targets": dict(self.case.targets),
+            "missed": self.missed,
+        }
+
+
+def measure(
+    case: Case,
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 2.0,
+    compiled: bool = True,
+    clock: Clock | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Result:
+    """Check every side of a case and, if all are right, time them for about so many seconds."""
+    device = torch.device(device)
+    work = case.work(device, shape)
+    # An op that raises is as wrong as one that returns nonsense, and the other cases are still to be measured.
+    try:
+        sides = make_sides(work, compiled=compiled)
+        fault = find_fault(work, sides)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if fault is not None:
+        return Result(case, work.moved, fault)
+    calls: dict[str, Call] = {**sides, "copy": copy_of(work.moved, device)}
+    return Result(case, work.moved, rounds=alternate(calls, seconds=seconds, clock=clock or clock_of(device)))
+
+
+def make_sides(work: Work, *, compiled: bool) -> dict[str, Run]:
+    sides = {"ours": work.ours, "eager": work.bind(work.expression)}
+    if compiled:
+        sides["compiled"] = work.bind(_compile(work.expression))
+    return sides
+
+
+def find_fault(work: Work, sides: Mapping[str, Run]) -> str | None:
+    """Calls every side once; which of them is wrong and by how much, or None."""
+    expected = work.expected()
+    for side, run in sides.items():
+        tolerance = work.tolerance if side == "ours" else work.slack
+        results = run()
+        shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (results, expected)]
+        if shapes[0] != shapes[1]:
+            return f"{side}: results have shapes {shapes[0]}, expected {shapes[1]}"
+        if tolerance is None:
+            continue
+        for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+            found = error(result, wanted)
+            # Written so that NaN is a fault too.
+            if not found <= tolerance:
+                return f"{side}: result {index} is off by {found:.2g}, allowed is {tolerance:.2g}"
+    return None
+
+
+def error(result: Tensor, wanted: Tensor) -> float:
+    """The largest |result - wanted| / (|wanted| + root mean square of wanted); NaN where a result is."""
+    if wanted.numel() == 0:
+        return 0.0
+    scale = float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) / math.sqrt(wanted.numel())
+    tiny = torch.finfo(torch.float32).tiny
+    worst = 0.0
+    for got, want in zip(_pieces(result), _pieces(wanted), strict=True):
+        want = want.double()
+        found = float(((got.double() - want).abs() / (want.abs() + scale + tiny)).max())
+        if math.isnan(found):
+            return found
+        worst = max(worst, found)
+    return worst
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    return rows.split(max(1, CHECKED_AT_ONCE * len(rows) // rows.numel()))
+
+
+def alternate(
+    calls: Mapping[str, Call],
+    *,
+    seconds: float,
+    clock: Clock,
+    least: int = LEAST_ROUNDS,
+    most: int = MOST_ROUNDS,
+) -> dict[str, list[float]]:
+    """Seconds a call of every side in every round; sides take turns at being first.
+
+    Ends after the round in which the time is spent, but not before `least` rounds.
+    """
+    sides = list(calls)
+    rounds: list[dict[str, float]] = []
+    with _no_collection():
+        began = clock()
+        counts = {side: _calls_in_block(call, clock) for side, call in calls.items()}
+        while len(rounds) < least or (clock() - began < seconds and len(rounds) < most):
+            first = len(rounds) % len(sides)
+            order = sides[first:] + sides[:first]
+            rounds.append({side: _block(calls[side], counts[side], clock) for side in order})
+    return {side: [turn[side] for turn in rounds] for side in sides}
+
+
+def _calls_in_block(call: Call, clock: Clock) -> int:
+    # The first of these calls is the warm-up.
+    lasted = min(_block(call, 1, clock) for _ in range(3))
+    return max(1, math.ceil(BLOCK_SECONDS / lasted)) if lasted > 0 else 1
+
+
+def _block(call: Call, count: int, clock: Clock) -> float:
+    """Seconds a call. A call that is too short to fill the cache by itself finds there what the one before left."""
+    if count > 1:
+        call()
+    began = clock()
+    for _ in range(count):
+        call()
+    return (clock() - began) / count
+
+
+def copy_of(moved: int, device: torch.device) -> Call:
+    """A copy that reads and writes `moved` bytes in all."""
+    source = torch.ones(max(1, moved // 8), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Seconds, read once the device has done all that it was given."""
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def _compile(expression: Expression) -> Expression:
+    # What was compiled before for other shapes would count toward a limit beyond which nothing is compiled.
+    torch.compiler.reset()
+    compiled: Expression = torch.compile(expression, fullgraph=True, dynamic=False)
+    return compiled
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

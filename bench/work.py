@@ -1,0 +1,296 @@
+"""What a case runs: inputs from fixed seeds, the op, and the PyTorch expression that is written in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alignfast import ops
+from alignfast.reference.philox_uniform import philox_uniform as reference_draws
+
+Tensors = tuple[Tensor, ...]
+Run = Callable[[], Tensors]
+Expression = Callable[..., Any]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEMPERATURE = 4.0
+ALPHA, EPS, DECAY = 2 / 255, 8 / 255, 1.0
+SMOOTHING = 15
+# Errors as `harness.error` counts them: of one rounding to the result's dtype, and of the dozen roundings of a chain
+# whose every intermediate result has that dtype.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+CHAIN = {torch.float32: 1e-4, torch.bfloat16: 2.0**-4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One computation on inputs that are already there.
+
+    ours: the op. It is checked at its first call; an op that works in place goes on from there in later ones, as in
+        an attack, so that nothing has to be restored between timed calls.
+    expression: what is written without the op.
+    bind: makes of the expression, or of what a compiler made of it, a call that returns the results.
+    expected: the results that `ours` and the expression must come near, found with more precision.
+    tolerance, slack: the errors allowed to `ours` and to the expression, as `harness.error` counts them; a slack of
+        None is for an expression that draws random numbers of its own.
+    moved: the bytes that any implementation reads and writes at the least.
+    """
+
+    ours: Run
+    expression: Expression
+    bind: Callable[[Expression], Run]
+    expected: Run
+    tolerance: float
+    slack: float | None
+    moved: int
+
+
+def uniform(shape: tuple[int, ...], seed: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return torch.empty(shape).uniform_(low, high, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kl_div_with_logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+    """Loss and gradient; reads both logits and writes the gradient and the loss."""
+    student, teacher = (3 * normal(shape, seed).to(device, dtype) for seed in (1, 2))
+
+    def bind(expression: Expression, *, student: Tensor = student, teacher: Tensor = teacher) -> Run:
+        leaf = student.detach().requires_grad_()
+
+        def call() -> Tensors:
+            loss = expression(leaf, teacher)
+            return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+        return call
+
+    return Work(
+        ours=bind(partial(ops.kl_div_with_logits, temperature=TEMPERATURE)),
+        expression=kl_chain,
+        bind=bind,
+        expected=lambda: bind(kl_chain, student=student.double(), teacher=teacher.double())(),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=3 * student.nbytes + torch.float32.itemsize,
+    )
+
+
+def kl_chain(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q = F.log_softmax(student / TEMPERATURE, dim=1)
+    p = F.softmax(teacher / TEMPERATURE, dim=1)
+    return F.kl_div(log_q, p, reduction="batchmean") * TEMPERATURE**2
+
+
+def sign_step(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, momentum: bool) -> Work:
+    """Reads the point, the images, the gradient and, if given, the momentum; writes the point and the momentum."""
+
+    def sign(seed: int) -> Tensor:
+        return uniform(shape, seed, -1.0, 1.0).sign()
+
+    images = uniform(shape, 1).to(device, dtype)
+    adv = (images + uniform(shape, 2, -EPS, EPS).to(device, dtype)).clamp(0, 1)
+    grad = (sign(3) * uniform(shape, 4, 0.5, 1.5)).to(device, dtype)
+    # Weaker or stronger than the normalised gradient by a margin, so that no rounding turns the sign of their sum.
+    strength = torch.where(uniform(shape, 5) < 0.5, uniform(shape, 6, 0.0, 0.25), uniform(shape, 7, 2.0, 3.0))
+    state = (adv, (sign(8) * strength).to(device, dtype)) if momentum else (adv,)
+    mine = tuple(tensor.clone() for tensor in state)
+    decay = DECAY if momentum else 0.0
+
+    def ours() -> Tensors:
+        point, *memory = mine
+        ops.sign_step(point, images, grad, *memory, alpha=ALPHA, eps=EPS, decay=decay)
+        return mine
+
+    def bind(expression: Expression) -> Run:
+        return lambda: expression(images, grad, *state)
+
+    return Work(
+        ours=ours,
+        expression=momentum_chain if momentum else sign_chain,
+        bind=bind,
+        expected=lambda: (momentum_chain if momentum else sign_chain)(
+            images.double(), grad.double(), *(tensor.double() for tensor in state)
+        ),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=(2 + 2 * len(state)) * images.nbytes,
+    )
+
+
+def momentum_chain(images: Tensor, grad: Tensor, adv: Tensor, momentum: Tensor) -> Tensors:
+    grad = grad / torch.mean(torch.abs(grad), dim=(1, 2, 3), keepdim=True)
+    grad = grad + momentum * DECAY
+    return *sign_chain(images, grad, adv), grad
+
+
+def sign_chain(images: Tensor, grad: Tensor, adv: Tensor) -> Tensors:
+    adv = adv + ALPHA * grad.sign()
+    delta = torch.clamp(adv - images, min=-EPS, max=EPS)
+    return (torch.clamp(images + delta, min=0, max=1),)
+
+
+def smooth(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+    """Reads the gradient and writes the smoothed one."""
+    grad = normal(shape, 1).to(device, dtype)
+    bell = torch.exp(-0.5 * torch.linspace(-3, 3, SMOOTHING) ** 2)
+    kernel = (bell / bell.sum()).to(device, dtype)
+    dense = torch.outer(kernel.float(), kernel.float()).expand(shape[1], 1, SMOOTHING, SMOOTHING)
+
+    def convolve(grad: Tensor, dense: Tensor) -> Tensors:
+        return (F.conv2d(grad, dense, padding="same", groups=shape[1]),)
+
+    stacked = dense.to(dtype).contiguous()
+    return Work(
+        ours=lambda: (ops.smooth(grad, kernel),),
+        expression=convolve,
+        bind=lambda expression: lambda: expression(grad, stacked),
+        expected=lambda: convolve(grad.float(), dense),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=2 * grad.nbytes,
+    )
+
+
+def philox_uniform(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+    """Writes the draws, whose dtype is always float32; the expression is torch's own generator, keyed by nothing."""
+    assert dtype == torch.float32
+    images = torch.arange(shape[0], device=device) + 1000
+    copies = torch.zeros(1, dtype=torch.int64, device=device)
+    key = {"seed": 0x123456789ABCDEF, "step": 7, "purpose": 3}
+    return Work(
+        ours=lambda: (ops.philox_uniform(images, copies, shape[1:], **key),),
+        expression=torch.rand,
+        bind=lambda expression: lambda: (expression((1, *shape), device=device),),
+        expected=lambda: (reference_draws(images, copies, shape[1:], **key, low=0.0, high=1.0),),
+        tolerance=0.0,
+        slack=None,
+        moved=torch.float32.itemsize * torch.Size(shape).numel(),
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """The resize-and-pad that a whole batch gets, as torchattacks and TransferAttack draw it."""
+
+    resized: int
+    top: int
+    left: int
+    padded: int
+
+    @staticmethod
+    def draw(side: int, rate: float, seed: int) -> Place:
+        """Below a rate of 1 torchattacks' definition, above it TransferAttack's."""
+        low, high = sorted((side, int(side * rate)))
+        unit = uniform((3,), seed).tolist()
+        resized = low + int(unit[0] * (high - low))
+        top, left = (int(part * (high - resized)) for part in unit[1:])
+        return Place(resized, top, left, high)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        side = images.shape[-1]
+        small = F.interpolate(images, size=(self.resized, self.resized), mode="bilinear", align_corners=False)
+        right, bottom = (self.padded - self.resized - start for start in (self.left, self.top))
+        padded = F.pad(small, (self.left, right, self.top, bottom), value=0)
+        if self.padded == side:
+            return padded
+        return F.interpolate(padded, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def diversify(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    copies: int = 1,
+    rate: float | None = None,
+    radius: float | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+    backward: bool = False,
+) -> Work:
+    """float32 images to the model's batch in `dtype`, or back from the gradient of that batch.
+
+    Copies are scaled by 1, 1/2, 1/4, ... where there is a geometry. Forward reads the images and writes the batch,
+    backward reads the batch's gradient and writes that of the images; K numbers an image are not counted.
+    """
+    images = uniform(shape, 1).to(device)
+    mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
+    places = None if rate is None else [Place.draw(shape[-1], rate, 10 + copy) for copy in range(copies)]
+    noise = None
+    if radius is not None:
+        numbers = (torch.arange(count, device=device) for count in (shape[0], copies))
+        noise = ops.Noise(radius, 5, 3, 1, *numbers)
+
+    def chain(images: Tensor, draws: Tensor | None = None, dtype: torch.dtype = dtype) -> Tensor:
+        rows = []
+        for copy in range(copies):
+            row = images
+            if radius is not None:
+                row = row + (torch.empty_like(row).uniform_(-radius, radius) if draws is None else draws[copy])
+            if places is not None:
+                row = places[copy](row / 2**copy if copies > 1 else row)
+            rows.append(row)
+        batch = torch.cat(rows) if copies > 1 else rows[0]
+        batch = (batch - mean[:, None, None]) / std[:, None, None]
+        return batch.to(dtype).contiguous(memory_format=memory_format)
+
+    ours = partial(
+        ops.diversify,
+        copies=copies,
+        noise=noise,
+        scale=_scales(copies, shape[0], device) if places and copies > 1 else None,
+        resize_pad=_resize_pad(places, shape[0], device) if places else None,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        memory_format=memory_format,
+    )
+
+    def precise(images: Tensor) -> Tensor:
+        draws = None
+        if noise is not None:
+            key = (noise.seed, noise.step, noise.purpose)
+            draws = reference_draws(noise.images, noise.copies, shape[1:], *key, -noise.radius, noise.radius)
+        return chain(images, draws, torch.float32)
+
+    incoming = normal((copies * shape[0], *shape[1:]), 2).to(device, dtype).contiguous(memory_format=memory_format)
+
+    def bind(expression: Expression, incoming: Tensor = incoming) -> Run:
+        leaf = images.detach().requires_grad_()
+        if not backward:
+            return lambda: (expression(leaf).detach(),)
+        batch = expression(leaf)
+        return lambda: torch.autograd.grad(batch, leaf, incoming, retain_graph=True)
+
+    # The gradient of the images is float32 whatever the batch is.
+    result = torch.float32 if backward else dtype
+    return Work(
+        ours=bind(ours),
+        expression=chain,
+        bind=bind,
+        expected=lambda: bind(precise, incoming.float())(),
+        tolerance=ROUNDING[result],
+        slack=None if radius is not None and not backward else CHAIN[result],
+        moved=images.nbytes + incoming.nbytes,
+    )
+
+
+def _scales(copies: int, count: int, device: torch.device) -> Tensor:
+    return torch.exp2(-torch.arange(copies, device=device).float())[:, None].expand(copies, count)
+
+
+def _resize_pad(places: list[Place], count: int, device: torch.device) -> ops.ResizePad:
+    """Each copy's geometry for all images alike."""
+
+    def grid(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device)[:, None].expand(len(places), count)
+
+    resized, top, left = (grid([getattr(place, name) for place in places]) for name in ("resized", "top", "left"))
+    return ops.ResizePad(resized, top, left, places[0].padded)
