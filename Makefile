@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test sanitize demo format clean FORCE
+.PHONY: help build test sanitize demo bench format clean FORCE
 
 PY := $(VENV)/bin/python
 # Through the interpreter, as its script is elsewhere where VENV inherits packages.
@@ -32,6 +32,7 @@ help:
 	@echo 'make test     linters, type checker and tests, also under the sanitizers'
 	@echo 'make sanitize tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
+	@echo 'make bench    every op against eager and compiled PyTorch and against the memory (ARGS="--quick" is short)'
 	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
 	@echo 'make format   format Python and C++'
 	@echo 'make clean    remove what was built (an environment other than .venv stays)'
@@ -52,6 +53,9 @@ sanitize: $(BUILT)
 
 demo: $(BUILT)
 	$(VENV)/bin/alignfast demo --out demo $(ARGS)
+
+bench: $(BUILT)
+	$(PY) -m bench $(ARGS)
 
 format: $(BUILT)
 	$(PY) -m ruff check --fix .

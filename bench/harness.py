@@ -7,15 +7,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .registry import Case
-from .work import Expression, Run, Tensors, Work
+from .work import Expression, Run, Work
 
 Clock = Callable[[], float]
 Call = Callable[[], object]
@@ -26,6 +27,9 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000
 # Elements whose errors are found together; float64 copies of a whole batch would be larger than the batch.
 CHECKED_AT_ONCE = 2**22
+# Where threads were kept from running for more than this share of the time, others were measured too.
+MOST_WAITING = 0.05
+SCHEDULED = Path("/proc/self/task")
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,15 @@ class Spread:
 class Result:
     """What one case came to: a fault, or the seconds a call of every side, round by round.
 
-    Sides are "ours", "eager", perhaps "compiled", and "copy", which moves as many bytes as the op has to.
+    Sides are "ours", "eager", perhaps "compiled", and "copy", which moves as many bytes as the op has to. `waited` is
+    the share of the time for which a thread was ready to run but had no core; None where that is not known.
     """
 
     case: Case
     moved: int
     fault: str | None = None
     rounds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    waited: float | None = None
 
     @property
     def seconds(self) -> dict[str, Spread]:
@@ -63,7 +69,8 @@ class Result:
     def ratios(self) -> dict[str, Spread]:
         """By side, its median over that of ours, and the quartiles of the ratios within a round.
 
-        That of "copy" is the op's share of the bandwidth a copy reaches.
+        That of "copy" is the op's share of the bandwidth a copy reaches. It may be above 1, as a copy writes half of
+        what it moves, and a line of the cache that is written is mostly read first.
         """
         ours = self.rounds.get("ours", ())
         ratios = {}
@@ -83,6 +90,11 @@ class Result:
         ratios = self.ratios
         return [side for side, least in self.case.targets.items() if side in ratios and ratios[side].median < least]
 
+    @property
+    def disturbed(self) -> bool:
+        """Other processes took so much of the cores that the times are theirs as well."""
+        return self.waited is not None and self.waited > MOST_WAITING
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.case.name,
@@ -98,6 +110,8 @@ class Result:
             "gigabytes_per_second": self.gigabytes_per_second,
             "targets": dict(self.case.targets),
             "missed": self.missed,
+            "waited": self.waited,
+            "disturbed": self.disturbed,
         }
 
 
@@ -122,7 +136,12 @@ def measure(
     if fault is not None:
         return Result(case, work.moved, fault)
     calls: dict[str, Call] = {**sides, "copy": copy_of(work.moved, device)}
-    return Result(case, work.moved, rounds=alternate(calls, seconds=seconds, clock=clock or clock_of(device)))
+    before, began = waiting(), time.perf_counter()
+    rounds = alternate(calls, seconds=seconds, clock=clock or clock_of(device))
+    after, ended = waiting(), time.perf_counter()
+    available = (ended - began) * torch.get_num_threads()
+    waited = None if before is None or after is None else (after - before) / available
+    return Result(case, work.moved, rounds=rounds, waited=waited)
 
 
 def make_sides(work: Work, *, compiled: bool) -> dict[str, Run]:
@@ -169,7 +188,8 @@ def error(result: Tensor, wanted: Tensor) -> float:
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
-    return rows.split(max(1, CHECKED_AT_ONCE * len(rows) // rows.numel()))
+    pieces: tuple[Tensor, ...] = rows.split(max(1, CHECKED_AT_ONCE * len(rows) // rows.numel()))
+    return pieces
 
 
 def alternate(
@@ -217,6 +237,16 @@ def copy_of(moved: int, device: torch.device) -> Call:
     source = torch.ones(max(1, moved // 8), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def waiting() -> float | None:
+    """Seconds for which the threads of this process were ready to run but had no core, or None where it is not told."""
+    total = None
+    for path in SCHEDULED.glob("*/schedstat"):
+        # A thread may end while they are read.
+        with suppress(OSError):
+            total = (total or 0) + int(path.read_text(encoding="ascii").split()[1])
+    return None if total is None else total / 1e9
 
 
 def clock_of(device: torch.device) -> Clock:

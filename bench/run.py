@@ -77,7 +77,8 @@ def main(
     """Every op against the expression people write without it, eager and compiled, and against copying its bytes.
 
     Ratios are times of the other over times of the op: above 1 the op is faster; that of "copy" is the share of the
-    memory's bandwidth. An op whose result is wrong has no speed.
+    memory's bandwidth. Times and ratios are medians with half the distance of the quartiles. An op whose result is
+    wrong has no speed, and targets are not judged where other processes took more than a twentieth of the time.
     """
     check_known("op", "op", op or (), OPS)
     check_known("dtype", "dtype", dtype or (), DTYPES)
@@ -106,8 +107,12 @@ def main(
 
 
 def verdict(results: Iterable[Result], *, gate: bool) -> int:
-    """1 where a result was wrong, and with `gate` where a target was missed; else 0."""
-    return int(any(result.fault is not None or (gate and result.missed) for result in results))
+    """1 where a result was wrong, and with `gate` where a target was missed or could not be judged; else 0."""
+    return int(any(result.fault is not None or (gate and not _passed(result)) for result in results))
+
+
+def _passed(result: Result) -> bool:
+    return not result.case.targets or not (result.missed or result.disturbed)
 
 
 def report(results: Sequence[Result], settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +130,6 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": os.getloadavg()[0],
         "kernels": cpu_isa(),
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
         "backends": {"cpu": cpu_backend(), "cuda": cuda_backend(), "triton": triton_backend()},
@@ -142,11 +146,6 @@ def notes(facts: dict[str, Any], settings: Settings) -> list[str]:
         lines.append(
             f"Note: {' and '.join(ALLOCATOR)} are not both set (`make bench` sets them); large tensors may be faulted "
             "in anew at every call, most of all for the chains of eager PyTorch."
-        )
-    if facts["load"] > facts["cores"]:
-        lines.append(
-            f"Note: {facts['load']:.1f} processes want {facts['cores']} cores; threads wait for each other then, and "
-            "medians say little. --threads 1 is disturbed less."
         )
     return lines
 
@@ -172,14 +171,22 @@ def _row(result: Result, sides: Sequence[str]) -> list[str]:
     if result.fault is not None:
         return [*cells, *("" for _ in range(2 + len(sides))), f"WRONG: {result.fault}"]
     ratios = result.ratios
-    cells += [_spread(result.seconds["ours"], 1e3), f"{result.gigabytes_per_second:.1f}"]
+    cells += [_spread(result.seconds["ours"], 1e3), f"{result.gigabytes_per_second:.3g}"]
     cells += [_spread(ratios[side]) for side in sides]
-    missed = [f"{side} {case.targets[side]:g}" for side in result.missed]
-    return [*cells, f"missed: {', '.join(missed)}" if missed else "met" if case.targets else ""]
+    return [*cells, _judgement(result)]
+
+
+def _judgement(result: Result) -> str:
+    if result.disturbed:
+        return f"DISTURBED: {result.waited:.0%} of the time without a core"
+    if result.missed:
+        return f"missed: {', '.join(f'{side} {result.case.targets[side]:g}' for side in result.missed)}"
+    return "met" if result.case.targets else ""
 
 
 def _spread(spread: Spread, unit: float = 1.0) -> str:
-    return f"{spread.median * unit:.3g} ({spread.low * unit:.3g} to {spread.high * unit:.3g})"
+    """The median, and half of the way between the quartiles in percent of it."""
+    return f"{spread.median * unit:.3g} ±{(spread.high - spread.low) / 2 / spread.median:.0%}"
 
 
 def _measure_all(cases: Sequence[Case], settings: Settings, console: Console) -> list[Result]:

@@ -1,0 +1,24 @@
+"""The cases under pytest-benchmark, the op beside eager PyTorch: `python -m pytest bench -k sign_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import harness
+from .registry import CASES, Case
+
+Benchmark = Callable[[Callable[[], object]], Any]
+
+
+@pytest.mark.parametrize("side", ["ours", "eager"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=pytest.mark.benchmark(group=case.name)) for case in CASES]
+)
+def test_speed(case: Case, side: str, benchmark: Benchmark) -> None:
+    work = case.work()
+    sides = harness.make_sides(work, compiled=False)
+    assert harness.find_fault(work, sides) is None
+    benchmark(sides[side])

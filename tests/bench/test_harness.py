@@ -1,0 +1,219 @@
+"""What the harness makes of times and results; the clock is set by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import harness
+from bench.harness import Result, Spread, alternate, error, find_fault, measure
+from bench.registry import Case
+from bench.work import Tensors, Work
+
+ONES = torch.ones(2, 3)
+
+
+class Clock:
+    """Moves on only when told to; remembers who told it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def side(self, name: str, *seconds: float) -> Callable[[], None]:
+        """A call that lasts so long, the last of `seconds` from then on."""
+        durations = list(seconds)
+
+        def call() -> None:
+            self.order.append(name)
+            self.now += durations.pop(0) if len(durations) > 1 else durations[0]
+
+        return call
+
+
+def work_of(ours: Tensors, eager: Tensors = (ONES,), *, tolerance: float = 1e-3, slack: float | None = 0.1) -> Work:
+    return Work(
+        ours=lambda: ours,
+        expression=lambda: eager,
+        bind=lambda expression: expression,
+        expected=lambda: (ONES,),
+        tolerance=tolerance,
+        slack=slack,
+        moved=800,
+    )
+
+
+def case_of(work: Work, **targets: float) -> Case:
+    return Case("sign_step", "made up", "fp32", (2, 3), lambda shape, dtype, device: work, targets)
+
+
+def fault_of(work: Work) -> str | None:
+    return find_fault(work, harness.make_sides(work, compiled=False))
+
+
+def test_spread() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0, 1.0)
+
+
+def test_sides_take_turns_at_being_first() -> None:
+    clock = Clock()
+    calls = {name: clock.side(name, 1.0) for name in ("ours", "eager", "copy")}
+    alternate(calls, seconds=0.0, clock=clock, least=4)
+    warm_up, timed = clock.order[:9], clock.order[9:]
+    assert warm_up == ["ours"] * 3 + ["eager"] * 3 + ["copy"] * 3
+    turns = [timed[first : first + 3] for first in range(0, 12, 3)]
+    assert turns == [
+        ["ours", "eager", "copy"],
+        ["eager", "copy", "ours"],
+        ["copy", "ours", "eager"],
+        ["ours", "eager", "copy"],
+    ]
+
+
+def test_warm_up_is_not_counted() -> None:
+    clock = Clock()
+    times = alternate({"ours": clock.side("ours", 100.0, 10.0, 10.0, 1.0)}, seconds=0.0, clock=clock, least=5)
+    assert times == {"ours": [1.0] * 5}
+
+
+def test_short_calls_are_timed_together_after_one_that_is_not_timed() -> None:
+    clock = Clock()
+    block = math.ceil(harness.BLOCK_SECONDS / 0.001)
+    # Three to see how long a call lasts, one that finds the cache of another side, and the block.
+    calls = {"ours": clock.side("ours", *[0.001] * 3, 7.0, *[0.002] * block)}
+    times = alternate(calls, seconds=0.0, clock=clock, least=1)
+    assert times["ours"] == pytest.approx([0.002])
+    assert len(clock.order) == 3 + 1 + block
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (22.0, 8), (1e9, 20)])
+def test_rounds_go_on_until_the_time_is_spent(seconds: float, rounds: int) -> None:
+    """A round lasts 2 seconds, and the warm-up 6."""
+    clock = Clock()
+    calls = {"ours": clock.side("ours", 0.5), "eager": clock.side("eager", 1.5)}
+    times = alternate(calls, seconds=seconds, clock=clock, least=5, most=20)
+    assert [len(values) for values in times.values()] == [rounds, rounds]
+
+
+def test_ratios_are_those_of_medians_with_quartiles_of_rounds() -> None:
+    rounds = {
+        "ours": [1.0, 2.0, 4.0, 1.0, 1.0],
+        "eager": [6.0, 6.0, 12.0, 2.0, 50.0],
+        "copy": [0.5, 0.5, 0.5, 0.5, 0.5],
+    }
+    case = case_of(work_of((ONES,)), eager=6.5, compiled=2.0, copy=0.5)
+    result = Result(case, 3_000_000_000, rounds=rounds)
+    assert result.seconds["ours"] == Spread(1.0, 1.0, 2.0, 1.0)
+    # Within rounds: 6, 3, 3, 2, 50.
+    assert result.ratios == {"eager": Spread(6.0, 3.0, 6.0, 2.0), "copy": Spread(0.5, 0.25, 0.5, 0.125)}
+    assert result.gigabytes_per_second == 3.0
+    # What was not measured cannot be missed, and reaching a target is enough.
+    assert result.missed == ["eager"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "fault"),
+    [
+        ((ONES + 5e-4,), None),
+        ((ONES.bfloat16(),), None),
+        ((ONES + 0.01,), "ours: result 0 is off by 0.005, allowed is 0.001"),
+        ((torch.tensor([[1.0, 1, 1], [1, math.nan, 1]]),), "ours: result 0 is off by nan"),
+        ((ONES * math.inf,), "ours: result 0 is off by inf"),
+        ((ONES[:1],), r"ours: results have shapes [[1, 3]], expected [[2, 3]]"),
+        ((ONES, ONES), r"ours: results have shapes [[2, 3], [2, 3]], expected [[2, 3]]"),
+        ((), r"ours: results have shapes [], expected [[2, 3]]"),
+    ],
+)
+def test_a_wrong_result_is_a_fault(ours: Tensors, fault: str | None) -> None:
+    found = fault_of(work_of(ours))
+    assert found is None if fault is None else found is not None and found.startswith(fault)
+
+
+def test_the_expression_is_checked_too_unless_it_draws_its_own_numbers() -> None:
+    assert fault_of(work_of((ONES,), (ONES * 1.1,))) is None
+    assert fault_of(work_of((ONES,), (ONES * 1.5,))) == "eager: result 0 is off by 0.25, allowed is 0.1"
+    assert fault_of(work_of((ONES,), (ONES * 1.5,), slack=None)) is None
+    assert fault_of(work_of((ONES,), (ONES[:1],), slack=None)) is not None
+
+
+def test_error_is_relative_to_the_element_and_to_the_whole() -> None:
+    wanted = torch.tensor([0.0, 3.0, 0.0, -4.0])
+    # The root mean square is 2.5.
+    assert error(wanted + torch.tensor([0.5, 0, 0, 0]), wanted) == pytest.approx(0.2)
+    assert error(wanted + torch.tensor([0, 0, 0, 0.65]), wanted) == pytest.approx(0.1)
+    assert error(1e-20 * wanted * 1.1, 1e-20 * wanted) == pytest.approx(0.4 / 6.5)
+    assert error(torch.tensor(2.0), torch.tensor(1.0)) == 0.5
+    assert error(torch.zeros(3), torch.zeros(3)) == 0.0
+    assert error(torch.ones(3), torch.zeros(3)) > 1.0
+    assert error(torch.empty(0, 3), torch.empty(0, 3)) == 0.0
+
+
+def test_error_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "CHECKED_AT_ONCE", 7)
+    for row in range(5):
+        result = torch.ones(5, 3)
+        result[row, 1] = 2.0
+        assert error(result, torch.ones(5, 3)) == 0.5
+        result[row, 1] = math.nan
+        assert math.isnan(error(result, torch.ones(5, 3)))
+
+
+def test_what_is_wrong_or_raises_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alternate(*arguments: object, **settings: object) -> None:
+        pytest.fail("was timed")
+
+    def raises() -> Tensors:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(harness, "alternate", alternate)
+    wrong = measure(case_of(work_of((ONES + 1,)), eager=5.0), compiled=False)
+    assert wrong.fault == "ours: result 0 is off by 0.5, allowed is 0.001"
+    broken = measure(case_of(replace(work_of((ONES,)), ours=raises)), compiled=False)
+    assert broken.fault == "RuntimeError: no such kernel"
+    for result in (wrong, broken):
+        shown = result.to_dict()
+        assert shown["wrong"] == result.fault
+        assert (shown["seconds"], shown["ratios"], shown["gigabytes_per_second"]) == ({}, {}, None)
+        assert not result.missed
+
+
+def test_what_is_right_is_timed_beside_a_copy() -> None:
+    result = measure(case_of(work_of((ONES,))), compiled=False, seconds=0.0)
+    assert result.fault is None
+    assert list(result.rounds) == ["ours", "eager", "copy"]
+    assert all(value > 0 for values in result.rounds.values() for value in values)
+
+
+def test_the_copy_moves_the_bytes_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = harness.copy_of(800, torch.device("cpu"))()
+    assert isinstance(copied, torch.Tensor)
+    assert 2 * copied.nbytes == 800
+    assert torch.equal(copied, torch.ones(100))
+
+
+@pytest.mark.parametrize(("seconds", "disturbed"), [(None, False), (0.0, False), (1e6, True)])
+def test_waiting_for_a_core_is_a_disturbance(
+    seconds: float | None, disturbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([None, None] if seconds is None else [1.0, 1.0 + seconds])
+    monkeypatch.setattr(harness, "waiting", lambda: next(told))
+    result = measure(case_of(work_of((ONES,))), compiled=False, seconds=0.0)
+    assert result.disturbed is disturbed
+    assert (result.waited is None) is (seconds is None)
+
+
+def test_waiting_is_that_of_all_threads(tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SCHEDULED", tmp_path)
+    assert harness.waiting() is None
+    for thread, waited in ((1, 2_000_000_000), (2, 500_000_000)):
+        folder = tmp_path / str(thread)
+        folder.mkdir()
+        (folder / "schedstat").write_text(f"777 {waited} 42\n")
+    assert harness.waiting() == 2.5

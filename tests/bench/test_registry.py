@@ -1,0 +1,133 @@
+"""Every case is right at a small size, and counts the bytes that have to be moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignfast import ops
+from bench import harness, work
+from bench.registry import CASES, DTYPES, OPS, Case, select
+
+SMALL = {2: (5, 11), 4: (2, 3, 16, 16)}
+# 2 images of 3 x 16 x 16 have 1536 elements, and 5 rows of 11 logits 55.
+BYTES = {
+    # Both logits in, the gradient and a float32 loss out.
+    ("kl_div_with_logits", "loss and gradient", "fp32"): 3 * 55 * 4 + 4,
+    ("kl_div_with_logits", "loss and gradient", "bf16"): 3 * 55 * 2 + 4,
+    # The point, the images, the gradient and the momentum in, the point and the momentum out.
+    ("sign_step", "momentum", "fp32"): 6 * 1536 * 4,
+    ("sign_step", "momentum", "bf16"): 6 * 1536 * 2,
+    ("sign_step", "plain", "fp32"): 4 * 1536 * 4,
+    ("sign_step", "plain", "bf16"): 4 * 1536 * 2,
+    ("smooth", "15x15", "fp32"): 2 * 1536 * 4,
+    ("smooth", "15x15", "bf16"): 2 * 1536 * 2,
+    # Images are float32 on one side, and a batch of any dtype is on the other.
+    ("diversify", "enlarge forward", "fp32"): 2 * 1536 * 4,
+    ("diversify", "enlarge forward", "bf16"): 1536 * (4 + 2),
+    ("diversify", "shrink backward", "bf16"): 1536 * (4 + 2),
+    ("diversify", "enlarge 5 copies forward", "fp32"): 1536 * (4 + 5 * 4),
+    ("diversify", "shrink 5 copies backward", "bf16"): 1536 * (4 + 5 * 2),
+    ("diversify", "noise 5 copies forward", "bf16"): 1536 * (4 + 5 * 2),
+    ("philox_uniform", "unit", "fp32"): 1536 * 4,
+}
+KINDS = list({(case.op, case.variant, case.dtype): case for case in CASES}.values())
+
+
+def small(case: Case) -> tuple[int, ...]:
+    return SMALL[len(case.shape)]
+
+
+def named(op: str, variant: str, dtype: str = "fp32") -> Case:
+    return next(case for case in KINDS if (case.op, case.variant, case.dtype) == (op, variant, dtype))
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_the_op_and_the_expression_are_right(case: Case) -> None:
+    made = case.work(shape=small(case))
+    assert harness.find_fault(made, harness.make_sides(made, compiled=False)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_what_is_compiled_is_right(case: Case) -> None:
+    made = case.work(shape=small(case))
+    assert harness.find_fault(made, harness.make_sides(made, compiled=True)) is None
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_the_check_would_notice(case: Case) -> None:
+    """Of results that are off by a tenth, or belong to other images, none passes."""
+    made = case.work(shape=small(case))
+    expected = made.expected()
+    for change in (lambda x: 1.1 * x, lambda x: x.flip(0) if x.ndim else x + 1):
+        changed = tuple(change(tensor) for tensor in expected)
+        assert harness.find_fault(made, {"ours": lambda changed=changed: changed}) is not None
+
+
+def test_every_op_has_cases() -> None:
+    functions = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)}
+    assert set(OPS) == functions
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("kind", BYTES, ids="/".join)
+def test_bytes(kind: tuple[str, str, str]) -> None:
+    case = named(*kind)
+    assert case.work(shape=small(case)).moved == BYTES[kind]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_the_dtype_is_that_of_the_op(case: Case) -> None:
+    results = case.work(shape=small(case)).ours()
+    wanted = DTYPES[case.dtype]
+    if case.op == "kl_div_with_logits":
+        assert [result.dtype for result in results] == [torch.float32, wanted]
+    elif "backward" in case.variant:
+        assert [result.dtype for result in results] == [torch.float32]
+    else:
+        assert {result.dtype for result in results} == {wanted}
+
+
+def test_inputs_are_the_same_every_time() -> None:
+    for case in KINDS:
+        first, second = (case.work(shape=small(case)).ours() for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.name
+
+
+def test_the_step_in_place_leaves_the_inputs_of_the_expression() -> None:
+    made = named("sign_step", "momentum").work(shape=small(CASES[-1]))
+    before = made.bind(made.expression)()
+    adv, momentum = (tensor.clone() for tensor in made.ours())
+    made.ours()
+    after = made.bind(made.expression)()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(made.ours()[1], momentum)
+    assert bool(((adv >= 0) & (adv <= 1)).all())
+
+
+@pytest.mark.parametrize(("rate", "low", "padded"), [(1.1, 224, 246), (0.9, 201, 224)])
+def test_places_are_those_the_peers_draw(rate: float, low: int, padded: int) -> None:
+    places = [work.Place.draw(224, rate, seed) for seed in range(200)]
+    assert {place.padded for place in places} == {padded}
+    assert {place.resized for place in places} == set(range(low, padded))
+    for place in places:
+        room = padded - place.resized
+        assert 0 <= place.top < room
+        assert 0 <= place.left < room
+
+
+def test_selection() -> None:
+    assert select() == list(CASES)
+    steps = select(["sign_step"], ["bf16"])
+    assert {(case.op, case.dtype) for case in steps} == {("sign_step", "bf16")}
+    assert len(steps) == 6
+    assert [case.shape[0] for case in select(["sign_step"], ["bf16"], "plain")] == [8, 32, 128]
+    assert [case.name for case in select(["sign_step"], match="plain", smallest=True)] == [
+        "sign_step/plain/fp32/8x3x224x224",
+        "sign_step/plain/bf16/8x3x224x224",
+    ]
+    assert select(match="nothing has this") == []
