@@ -1,4 +1,7 @@
-"""The cases under pytest-benchmark, the op beside eager PyTorch: `python -m pytest bench -k sign_step`."""
+"""The cases under pytest-benchmark, the op beside eager PyTorch: `python -m pytest bench -k sign_step`.
+
+One side is timed after the other here; `python -m bench` alternates, and is what ratios are to be taken from.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,11 @@ from . import harness
 from .registry import CASES, Case
 
 Benchmark = Callable[[Callable[[], object]], Any]
+PARAMETERS = [pytest.param(case, id=case.name, marks=pytest.mark.benchmark(group=case.name)) for case in CASES]
 
 
 @pytest.mark.parametrize("side", ["ours", "eager"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=pytest.mark.benchmark(group=case.name)) for case in CASES]
-)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_speed(case: Case, side: str, benchmark: Benchmark) -> None:
     work = case.work()
     sides = harness.make_sides(work, compiled=False)
