@@ -138,8 +138,9 @@ def machine() -> dict[str, Any]:
 
 def notes(facts: dict[str, Any], settings: Settings) -> list[str]:
     """What was run where, and what makes its numbers worse than they could be."""
+    threads = f"{settings.threads} thread{'s' if settings.threads > 1 else ''}"
     lines = [
-        f"{facts['processor']}, {settings.threads} threads, kernels for {facts['kernels']}, torch {torch.__version__}, "
+        f"{facts['processor']}, {threads}, kernels for {facts['kernels']}, torch {torch.__version__}, "
         f"on {settings.device}"
     ]
     if settings.device == "cpu" and not all(facts["allocator"].values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_what_is_right_is_timed_beside_a_copy() -> None:
     assert all(value > 0 for values in result.rounds.values() for value in values)
 
 
-def test_the_copy_moves_the_bytes_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_moves_the_bytes_of_the_op() -> None:
     copied = harness.copy_of(800, torch.device("cpu"))()
     assert isinstance(copied, torch.Tensor)
     assert 2 * copied.nbytes == 800
@@ -209,7 +210,7 @@ def test_waiting_for_a_core_is_a_disturbance(
     assert (result.waited is None) is (seconds is None)
 
 
-def test_waiting_is_that_of_all_threads(tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_that_of_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "SCHEDULED", tmp_path)
     assert harness.waiting() is None
     for thread, waited in ((1, 2_000_000_000), (2, 500_000_000)):

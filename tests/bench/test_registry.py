@@ -99,7 +99,8 @@ def test_inputs_are_the_same_every_time() -> None:
 
 
 def test_the_step_in_place_leaves_the_inputs_of_the_expression() -> None:
-    made = named("sign_step", "momentum").work(shape=small(CASES[-1]))
+    case = named("sign_step", "momentum")
+    made = case.work(shape=small(case))
     before = made.bind(made.expression)()
     adv, momentum = (tensor.clone() for tensor in made.ours())
     made.ours()

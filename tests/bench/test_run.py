@@ -15,7 +15,7 @@ from bench import harness
 from bench import run as runner
 from bench.registry import Case, select
 
-Show = Callable[[Sequence[Case]], None]
+Choose = Callable[[Sequence[Case]], None]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> Show:
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Choose:
     """Makes the runner take these cases, whatever is asked for; none of them waited for a core."""
 
     def choose(cases: Sequence[Case]) -> None:
@@ -53,7 +53,7 @@ ARGUMENTS = ["--no-compile", "--seconds", "0"]
 
 
 def test_the_table_and_the_file_hold_everything(
-    chosen: Show, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "123")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
@@ -63,7 +63,7 @@ def test_the_table_and_the_file_hold_everything(
     printed = capsys.readouterr().out
     for word in ("sign_step", "philox_uniform", "plain", "2x3x8x8", "vs eager", "of copy", "missed: copy 1e+09"):
         assert word in printed
-    assert "1 threads" in printed
+    assert " 1 thread," in printed
     assert "MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are not both set" in printed
     assert "compiled" not in printed
     written = json.loads(path.read_text())
@@ -91,7 +91,7 @@ def test_the_table_and_the_file_hold_everything(
 
 
 def test_a_wrong_result_has_no_speed_and_fails(
-    chosen: Show, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen([wrong(small(eager=1e9)), small()])
     path = tmp_path / "out.json"
@@ -107,7 +107,7 @@ def test_a_wrong_result_has_no_speed_and_fails(
     assert right["seconds"]
 
 
-def test_only_the_gate_fails_on_a_missed_target(chosen: Show, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_gate_fails_on_a_missed_target(chosen: Choose, capsys: pytest.CaptureFixture[str]) -> None:
     chosen([small(copy=1e9)])
     assert runner.run(ARGUMENTS) == 0
     assert runner.run([*ARGUMENTS, "--gate"]) == 1
@@ -117,7 +117,7 @@ def test_only_the_gate_fails_on_a_missed_target(chosen: Show, capsys: pytest.Cap
 
 
 def test_the_gate_does_not_pass_what_was_disturbed(
-    chosen: Show, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chosen: Choose, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen([small(copy=1e-9)])
     told = iter(range(0, 10**9, 10**6))
@@ -129,7 +129,7 @@ def test_the_gate_does_not_pass_what_was_disturbed(
     assert runner.run([*ARGUMENTS, "--gate"]) == 0
 
 
-def test_a_run_that_breaks_off_leaves_no_file(chosen: Show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_breaks_off_leaves_no_file(chosen: Choose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def test_a_run_that_breaks_off_leaves_no_file(chosen: Show, tmp_path: Path, monk
 
 
 def test_a_file_that_cannot_be_finished_is_not_begun(
-    chosen: Show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chosen: Choose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:
         raise OSError("no space left")
