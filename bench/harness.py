@@ -8,7 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000
 # Elements whose errors are found together; float64 copies of a whole batch would be larger than the batch.
 CHECKED_AT_ONCE = 2**22
-# Where threads were kept from running for more than this share of the time, others were measured too.
+# Where threads were kept from running for more than this share of the time, other processes were measured too.
 MOST_WAITING = 0.05
 SCHEDULED = Path("/proc/self/task")
 
@@ -48,18 +49,42 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one case came to: a fault, or the seconds a call of every side, round by round.
+class Round:
+    """Seconds a call of every side, and the share of the round for which a thread was ready but had no core.
 
-    Sides are "ours", "eager", perhaps "compiled", and "copy", which moves as many bytes as the op has to. `waited` is
-    the share of the time for which a thread was ready to run but had no core; None where that is not known.
+    That share is None where the system does not tell.
+    """
+
+    seconds: Mapping[str, float]
+    waited: float | None
+
+    @property
+    def quiet(self) -> bool:
+        return self.waited is None or self.waited <= MOST_WAITING
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case came to: a fault, or the rounds that were measured.
+
+    Sides are "ours", "eager", perhaps "compiled", and "copy", which moves as many bytes as the op has to.
     """
 
     case: Case
     moved: int
     fault: str | None = None
-    rounds: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    waited: float | None = None
+    measured: Sequence[Round] = ()
+
+    @cached_property
+    def disturbed(self) -> bool:
+        """So few rounds were quiet that the times are those of other processes as well."""
+        return sum(one.quiet for one in self.measured) < min(LEAST_ROUNDS, len(self.measured))
+
+    @cached_property
+    def rounds(self) -> dict[str, list[float]]:
+        """By side, the seconds a call in the quiet rounds, or in all if disturbed."""
+        kept = [one.seconds for one in self.measured if one.quiet or self.disturbed]
+        return {side: [seconds[side] for seconds in kept] for side in (kept[0] if kept else ())}
 
     @property
     def seconds(self) -> dict[str, Spread]:
@@ -90,11 +115,6 @@ class Result:
         ratios = self.ratios
         return [side for side, least in self.case.targets.items() if side in ratios and ratios[side].median < least]
 
-    @property
-    def disturbed(self) -> bool:
-        """Other processes took so much of the cores that the times are theirs as well."""
-        return self.waited is not None and self.waited > MOST_WAITING
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.case.name,
@@ -104,13 +124,12 @@ class Result:
             "shape": list(self.case.shape),
             "bytes": self.moved,
             "wrong": self.fault,
-            "rounds": len(self.rounds.get("ours", ())),
+            "rounds": {"measured": len(self.measured), "quiet": sum(one.quiet for one in self.measured)},
             "seconds": {side: vars(spread) for side, spread in self.seconds.items()},
             "ratios": {side: vars(spread) for side, spread in self.ratios.items()},
             "gigabytes_per_second": self.gigabytes_per_second,
             "targets": dict(self.case.targets),
             "missed": self.missed,
-            "waited": self.waited,
             "disturbed": self.disturbed,
         }
 
@@ -136,12 +155,7 @@ def measure(
     if fault is not None:
         return Result(case, work.moved, fault)
     calls: dict[str, Call] = {**sides, "copy": copy_of(work.moved, device)}
-    before, began = waiting(), time.perf_counter()
-    rounds = alternate(calls, seconds=seconds, clock=clock or clock_of(device))
-    after, ended = waiting(), time.perf_counter()
-    available = (ended - began) * torch.get_num_threads()
-    waited = None if before is None or after is None else (after - before) / available
-    return Result(case, work.moved, rounds=rounds, waited=waited)
+    return Result(case, work.moved, measured=alternate(calls, seconds=seconds, clock=clock or clock_of(device)))
 
 
 def make_sides(work: Work, *, compiled: bool) -> dict[str, Run]:
@@ -199,21 +213,30 @@ def alternate(
     clock: Clock,
     least: int = LEAST_ROUNDS,
     most: int = MOST_ROUNDS,
-) -> dict[str, list[float]]:
-    """Seconds a call of every side in every round; sides take turns at being first.
+) -> list[Round]:
+    """Rounds in which every side is timed once; sides take turns at being first.
 
     Ends after the round in which the time is spent, but not before `least` rounds.
     """
     sides = list(calls)
-    rounds: list[dict[str, float]] = []
+    rounds: list[Round] = []
     with _no_collection():
         began = clock()
         counts = {side: _calls_in_block(call, clock) for side, call in calls.items()}
         while len(rounds) < least or (clock() - began < seconds and len(rounds) < most):
             first = len(rounds) % len(sides)
             order = sides[first:] + sides[:first]
-            rounds.append({side: _block(calls[side], counts[side], clock) for side in order})
-    return {side: [turn[side] for turn in rounds] for side in sides}
+            rounds.append(_round({side: calls[side] for side in order}, counts, clock))
+    return rounds
+
+
+def _round(calls: Mapping[str, Call], counts: Mapping[str, int], clock: Clock) -> Round:
+    waited, began = waiting(), clock()
+    seconds = {side: _block(call, counts[side], clock) for side, call in calls.items()}
+    ended, still_waited = clock(), waiting()
+    if waited is None or still_waited is None:
+        return Round(seconds, None)
+    return Round(seconds, (still_waited - waited) / ((ended - began) * torch.get_num_threads()))
 
 
 def _calls_in_block(call: Call, clock: Clock) -> int:

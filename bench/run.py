@@ -77,8 +77,9 @@ def main(
     """Every op against the expression people write without it, eager and compiled, and against copying its bytes.
 
     Ratios are times of the other over times of the op: above 1 the op is faster; that of "copy" is the share of the
-    memory's bandwidth. Times and ratios are medians with half the distance of the quartiles. An op whose result is
-    wrong has no speed, and targets are not judged where other processes took more than a twentieth of the time.
+    memory's bandwidth. Times and ratios are medians with half the distance of the quartiles. Rounds in
+    which other processes kept a thread waiting for more than a twentieth of the time are left out, and targets are not
+    judged where too few are left. An op whose result is wrong has no speed.
     """
     check_known("op", "op", op or (), OPS)
     check_known("dtype", "dtype", dtype or (), DTYPES)
@@ -179,7 +180,8 @@ def _row(result: Result, sides: Sequence[str]) -> list[str]:
 
 def _judgement(result: Result) -> str:
     if result.disturbed:
-        return f"DISTURBED: {result.waited:.0%} of the time without a core"
+        quiet = sum(one.quiet for one in result.measured)
+        return f"DISTURBED: {quiet} of {len(result.measured)} rounds quiet"
     if result.missed:
         return f"missed: {', '.join(f'{side} {result.case.targets[side]:g}' for side in result.missed)}"
     return "met" if result.case.targets else ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import harness
-from bench.harness import Result, Spread, alternate, error, find_fault, measure
+from bench.harness import Result, Round, Spread, alternate, error, find_fault, measure
 from bench.registry import Case
 from bench.work import Tensors, Work
 
@@ -55,6 +55,11 @@ def case_of(work: Work, **targets: float) -> Case:
     return Case("sign_step", "made up", "fp32", (2, 3), lambda shape, dtype, device: work, targets)
 
 
+def measured(seconds: dict[str, list[float]], waited: list[float | None] | None = None) -> list[Round]:
+    rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
+    return [Round(*both) for both in zip(rounds, waited or [None] * len(rounds), strict=True)]
+
+
 def fault_of(work: Work) -> str | None:
     return find_fault(work, harness.make_sides(work, compiled=False))
 
@@ -66,7 +71,8 @@ def test_spread() -> None:
 def test_sides_take_turns_at_being_first() -> None:
     clock = Clock()
     calls = {name: clock.side(name, 1.0) for name in ("ours", "eager", "copy")}
-    alternate(calls, seconds=0.0, clock=clock, least=4)
+    rounds = alternate(calls, seconds=0.0, clock=clock, least=4)
+    assert [one.seconds for one in rounds] == [dict.fromkeys(calls, 1.0)] * 4
     warm_up, timed = clock.order[:9], clock.order[9:]
     assert warm_up == ["ours"] * 3 + ["eager"] * 3 + ["copy"] * 3
     turns = [timed[first : first + 3] for first in range(0, 12, 3)]
@@ -80,8 +86,8 @@ def test_sides_take_turns_at_being_first() -> None:
 
 def test_warm_up_is_not_counted() -> None:
     clock = Clock()
-    times = alternate({"ours": clock.side("ours", 100.0, 10.0, 10.0, 1.0)}, seconds=0.0, clock=clock, least=5)
-    assert times == {"ours": [1.0] * 5}
+    rounds = alternate({"ours": clock.side("ours", 100.0, 10.0, 10.0, 1.0)}, seconds=0.0, clock=clock, least=5)
+    assert [one.seconds for one in rounds] == [{"ours": 1.0}] * 5
 
 
 def test_short_calls_are_timed_together_after_one_that_is_not_timed() -> None:
@@ -89,8 +95,8 @@ def test_short_calls_are_timed_together_after_one_that_is_not_timed() -> None:
     block = math.ceil(harness.BLOCK_SECONDS / 0.001)
     # Three to see how long a call lasts, one that finds the cache of another side, and the block.
     calls = {"ours": clock.side("ours", *[0.001] * 3, 7.0, *[0.002] * block)}
-    times = alternate(calls, seconds=0.0, clock=clock, least=1)
-    assert times["ours"] == pytest.approx([0.002])
+    (only,) = alternate(calls, seconds=0.0, clock=clock, least=1)
+    assert only.seconds["ours"] == pytest.approx(0.002)
     assert len(clock.order) == 3 + 1 + block
 
 
@@ -99,8 +105,7 @@ def test_rounds_go_on_until_the_time_is_spent(seconds: float, rounds: int) -> No
     """A round lasts 2 seconds, and the warm-up 6."""
     clock = Clock()
     calls = {"ours": clock.side("ours", 0.5), "eager": clock.side("eager", 1.5)}
-    times = alternate(calls, seconds=seconds, clock=clock, least=5, most=20)
-    assert [len(values) for values in times.values()] == [rounds, rounds]
+    assert len(alternate(calls, seconds=seconds, clock=clock, least=5, most=20)) == rounds
 
 
 def test_ratios_are_those_of_medians_with_quartiles_of_rounds() -> None:
@@ -110,7 +115,7 @@ def test_ratios_are_those_of_medians_with_quartiles_of_rounds() -> None:
         "copy": [0.5, 0.5, 0.5, 0.5, 0.5],
     }
     case = case_of(work_of((ONES,)), eager=6.5, compiled=2.0, copy=0.5)
-    result = Result(case, 3_000_000_000, rounds=rounds)
+    result = Result(case, 3_000_000_000, measured=measured(rounds))
     assert result.seconds["ours"] == Spread(1.0, 1.0, 2.0, 1.0)
     # Within rounds: 6, 3, 3, 2, 50.
     assert result.ratios == {"eager": Spread(6.0, 3.0, 6.0, 2.0), "copy": Spread(0.5, 0.25, 0.5, 0.125)}
@@ -199,15 +204,28 @@ def test_the_copy_moves_the_bytes_of_the_op() -> None:
     assert torch.equal(copied, torch.ones(100))
 
 
-@pytest.mark.parametrize(("seconds", "disturbed"), [(None, False), (0.0, False), (1e6, True)])
-def test_waiting_for_a_core_is_a_disturbance(
-    seconds: float | None, disturbed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = iter([None, None] if seconds is None else [1.0, 1.0 + seconds])
+def test_rounds_that_were_disturbed_are_left_out() -> None:
+    rounds = {"ours": [1.0, 9.0, 1.0, 9.0, 1.0, 1.0, 1.0], "copy": [2.0, 2.0, 2.0, 3.0, 2.0, 2.0, 2.0]}
+    result = Result(case_of(work_of((ONES,))), 1, measured=measured(rounds, [0.0, 0.06, 0.04, 1.0, 0.0, 0.0, 0.0]))
+    assert not result.disturbed
+    assert result.rounds == {"ours": [1.0] * 5, "copy": [2.0] * 5}
+    assert result.to_dict()["rounds"] == {"measured": 7, "quiet": 5}
+
+
+def test_too_few_quiet_rounds_are_a_disturbance() -> None:
+    rounds = {"ours": [1.0, 9.0, 1.0, 9.0, 1.0, 1.0]}
+    result = Result(case_of(work_of((ONES,))), 1, measured=measured(rounds, [0.0, 0.06, 0.0, 1.0, 0.0, 0.0]))
+    assert result.disturbed
+    assert result.rounds == rounds
+
+
+def test_the_share_of_waiting_is_over_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([1.0, 1.5, 2.0, 2.0, None, None])
     monkeypatch.setattr(harness, "waiting", lambda: next(told))
-    result = measure(case_of(work_of((ONES,))), compiled=False, seconds=0.0)
-    assert result.disturbed is disturbed
-    assert (result.waited is None) is (seconds is None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    clock = Clock()
+    rounds = alternate({"ours": clock.side("ours", 1.0)}, seconds=0.0, clock=clock, least=3)
+    assert [(one.waited, one.quiet) for one in rounds] == [(0.25, False), (0.0, True), (None, True)]
 
 
 def test_waiting_is_that_of_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
