@@ -140,12 +140,10 @@ def measure(
     device: torch.device | str = "cpu",
     seconds: float = 2.0,
     compiled: bool = True,
-    clock: Clock | None = None,
-    shape: tuple[int, ...] | None = None,
 ) -> Result:
     """Check every side of a case and, if all are right, time them for about so many seconds."""
     device = torch.device(device)
-    work = case.work(device, shape)
+    work = case.work(device)
     # An op that raises is as wrong as one that returns nonsense, and the other cases are still to be measured.
     try:
         sides = make_sides(work, compiled=compiled)
@@ -155,7 +153,7 @@ def measure(
     if fault is not None:
         return Result(case, work.moved, fault)
     calls: dict[str, Call] = {**sides, "copy": copy_of(work.moved, device)}
-    return Result(case, work.moved, measured=alternate(calls, seconds=seconds, clock=clock or clock_of(device)))
+    return Result(case, work.moved, measured=alternate(calls, seconds=seconds, clock=clock_of(device)))
 
 
 def make_sides(work: Work, *, compiled: bool) -> dict[str, Run]:
@@ -222,27 +220,27 @@ def alternate(
     rounds: list[Round] = []
     with _no_collection():
         began = clock()
-        counts = {side: _calls_in_block(call, clock) for side, call in calls.items()}
+        # The first of these calls is the warm-up.
+        fastest = {side: min(_block(call, 1, clock) for _ in range(3)) for side, call in calls.items()}
         while len(rounds) < least or (clock() - began < seconds and len(rounds) < most):
             first = len(rounds) % len(sides)
             order = sides[first:] + sides[:first]
-            rounds.append(_round({side: calls[side] for side in order}, counts, clock))
+            rounds.append(_round({side: calls[side] for side in order}, fastest, clock))
+            fastest = {side: min(fastest[side], rounds[-1].seconds[side]) for side in sides}
     return rounds
 
 
-def _round(calls: Mapping[str, Call], counts: Mapping[str, int], clock: Clock) -> Round:
+def _round(calls: Mapping[str, Call], fastest: Mapping[str, float], clock: Clock) -> Round:
     waited, began = waiting(), clock()
-    seconds = {side: _block(call, counts[side], clock) for side, call in calls.items()}
+    seconds = {side: _block(call, _calls_in_block(fastest[side]), clock) for side, call in calls.items()}
     ended, still_waited = clock(), waiting()
     if waited is None or still_waited is None:
         return Round(seconds, None)
     return Round(seconds, (still_waited - waited) / ((ended - began) * torch.get_num_threads()))
 
 
-def _calls_in_block(call: Call, clock: Clock) -> int:
-    # The first of these calls is the warm-up.
-    lasted = min(_block(call, 1, clock) for _ in range(3))
-    return max(1, math.ceil(BLOCK_SECONDS / lasted)) if lasted > 0 else 1
+def _calls_in_block(seconds: float) -> int:
+    return max(1, math.ceil(BLOCK_SECONDS / seconds)) if seconds > 0 else 1
 
 
 def _block(call: Call, count: int, clock: Clock) -> float:

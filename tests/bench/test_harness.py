@@ -100,6 +100,14 @@ def test_short_calls_are_timed_together_after_one_that_is_not_timed() -> None:
     assert len(clock.order) == 3 + 1 + block
 
 
+def test_a_slow_warm_up_does_not_make_blocks_short_for_good() -> None:
+    clock = Clock()
+    calls = {"ours": clock.side("ours", *[1.0] * 4, 0.001)}
+    rounds = alternate(calls, seconds=0.0, clock=clock, least=3)
+    assert [one.seconds["ours"] for one in rounds] == pytest.approx([1.0, 0.001, 0.001])
+    assert len(clock.order) == 3 + 1 + 1 + (1 + math.ceil(harness.BLOCK_SECONDS / 0.001))
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (22.0, 8), (1e9, 20)])
 def test_rounds_go_on_until_the_time_is_spent(seconds: float, rounds: int) -> None:
     """A round lasts 2 seconds, and the warm-up 6."""
