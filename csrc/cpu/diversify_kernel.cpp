@@ -162,13 +162,23 @@ class RowCache {
 };
 
 template <class V>
-void weigh(const V* __restrict row, V weight, int64_t length, V* __restrict out) {
-  for (int64_t i = 0; i < length; ++i) out[i] = weight * row[i];
-}
-
-template <class V>
 void add_weighed(const V* __restrict row, V weight, int64_t length, V* __restrict out) {
   for (int64_t i = 0; i < length; ++i) out[i] = out[i] + weight * row[i];
+}
+
+template <int N, class V>
+void combine(const V* const* rows, const V* weight, int64_t length, V* __restrict out) {
+  const V* row[N];
+  V share[N];
+  for (int n = 0; n < N; ++n) {
+    row[n] = rows[n];
+    share[n] = weight[n];
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    V sum = share[0] * row[0][i];
+    for (int n = 1; n < N; ++n) sum = sum + share[n] * row[n][i];
+    out[i] = sum;
+  }
 }
 
 // Row y of the resized image before its columns are: a weighted sum of rows that make(index, row) gives.
@@ -178,9 +188,21 @@ void resize_rows(const TapTable<V>& table, int64_t y, RowCache<V>& cache, int64_
   const V* weight = table.weight + y * table.taps;
   int64_t count = 0;
   while (count < table.taps && weight[count] != 0) ++count;
-  if (count == 0) return fill<V>(out, length, 0);
-  weigh<V>(cache.row(index[0], index, count, make), weight[0], length, out);
-  for (int64_t i = 1; i < count; ++i) {
+  const V* rows[MAX_TAPS];
+  for (int64_t i = 0; i < count && i < MAX_TAPS; ++i) rows[i] = cache.row(index[i], index, count, make);
+  switch (count) {
+    case 0:
+      return fill<V>(out, length, 0);
+    case 1:
+      return combine<1>(rows, weight, length, out);
+    case 2:
+      return combine<2>(rows, weight, length, out);
+    case 3:
+      return combine<3>(rows, weight, length, out);
+    default:
+      combine<4>(rows, weight, length, out);
+  }
+  for (int64_t i = MAX_TAPS; i < count; ++i) {
     add_weighed<V>(cache.row(index[i], index, count, make), weight[i], length, out);
   }
 }
@@ -212,13 +234,15 @@ void resize_columns(const TapTable<V>& table, int64_t width, const V* row, V* ou
   }
 }
 
-// (row - mean) / std with the numbers of the row's channels, over whole blocks of lanes.
+// (x - mean) / std with the numbers of the channels that a row holds, repeated over whole blocks of lanes.
 template <class V>
 struct Normalisation {
+  bool given;
   V mean[LANES], std[LANES];
 
   // Channels first .. first + count, held by `pixel` a pixel.
-  Normalisation(const double* means, const double* stds, int64_t first, int64_t count, int64_t pixel) {
+  Normalisation(const double* means, const double* stds, int64_t first, int64_t count, int64_t pixel)
+      : given(means != nullptr || stds != nullptr) {
     for (int64_t i = 0; i < LANES; ++i) {
       const int64_t channel = i % pixel;
       mean[i] = means != nullptr && channel < count ? static_cast<V>(means[first + channel]) : V(0);
@@ -226,9 +250,28 @@ struct Normalisation {
     }
   }
 
-  void apply(V* __restrict row, int64_t length) const {
+  // A row of the i-th of those channels alone.
+  template <class T>
+  void write_plane(const V* __restrict row, int64_t width, int64_t i, int64_t stride, T* __restrict out) const {
+    const bool changed = given;
+    const V low = mean[i], size = std[i];
+    const auto value = [=](V x) { return narrow<T>(static_cast<Wide<T>>(changed ? (x - low) / size : x)); };
+    if (stride == 1) {
+      for (int64_t x = 0; x < width; ++x) out[x] = value(row[x]);
+    } else {
+      for (int64_t x = 0; x < width; ++x) out[x * stride] = value(row[x]);
+    }
+  }
+
+  // A row of all of them, in whole blocks.
+  template <class T>
+  void write_blocks(const V* __restrict row, int64_t length, T* __restrict out) const {
+    const bool changed = given;
     for (int64_t i = 0; i < length; i += LANES) {
-      for (int64_t j = 0; j < LANES; ++j) row[i + j] = (row[i + j] - mean[j]) / std[j];
+      for (int64_t j = 0; j < LANES; ++j) {
+        const V x = row[i + j];
+        out[i + j] = narrow<T>(static_cast<Wide<T>>(changed ? (x - mean[j]) / std[j] : x));
+      }
     }
   }
 };
@@ -250,10 +293,22 @@ void read_row(const Planes<const void>& planes, int64_t channel, int64_t y, int6
   });
 }
 
+// The row where it lies, if it can be taken from there as it is.
 template <class V>
-void interleave(const V* __restrict planar, int64_t width, V* __restrict out) {
+const V* row_in_place(const Planes<const void>& planes, int64_t channel, int64_t y) {
+  constexpr Dtype dtype = std::is_same_v<V, double> ? Dtype::float64 : Dtype::float32;
+  if (planes.dtype != dtype || planes.stride_w != 1) return nullptr;
+  return static_cast<const V*>(planes.data) + channel * planes.stride_c + y * planes.stride_h;
+}
+
+template <class V>
+void interleave(const V* const (&planes)[PIXEL], int64_t width, V* __restrict out) {
+  const V *a = planes[0], *b = planes[1], *c = planes[2], *d = planes[3];
   for (int64_t x = 0; x < width; ++x) {
-    for (int i = 0; i < PIXEL; ++i) out[PIXEL * x + i] = planar[i * width + x];
+    out[PIXEL * x] = a[x];
+    out[PIXEL * x + 1] = b[x];
+    out[PIXEL * x + 2] = c[x];
+    out[PIXEL * x + 3] = d[x];
   }
 }
 
@@ -285,40 +340,11 @@ void deinterleave(const V* __restrict row, int64_t width, V* __restrict planar) 
   }
 }
 
-template <class T, class V>
-void write_row(const V* __restrict row, int64_t width, int64_t stride, T* __restrict out) {
-  if (stride == 1) {
-    for (int64_t x = 0; x < width; ++x) out[x] = narrow<T>(static_cast<Wide<T>>(row[x]));
-  } else {
-    for (int64_t x = 0; x < width; ++x) out[x * stride] = narrow<T>(static_cast<Wide<T>>(row[x]));
-  }
-}
-
-// `narrowed` has room for the row.
-template <class T, class V>
-void write_pixels(const V* __restrict row, int64_t width, int64_t channels, T* __restrict narrowed, T* __restrict out) {
-  for (int64_t i = 0; i < width * PIXEL; ++i) narrowed[i] = narrow<T>(static_cast<Wide<T>>(row[i]));
-  // Four at a time again, each overwriting what the one before wrote too much.
-  for (int64_t x = 0; x + 1 < width; ++x) std::memcpy(out + channels * x, narrowed + PIXEL * x, PIXEL * sizeof(T));
-  for (int64_t i = 0; i < channels; ++i) out[channels * (width - 1) + i] = narrowed[PIXEL * (width - 1) + i];
-}
-
-// Channels first .. first + count of row y. `spare` has room for a row.
-template <int L, class V>
-void write_channels(const Planes<void>& planes, const ImageSize& size, int64_t first, int64_t count, int64_t y,
-                    const V* row, V* spare) {
-  with_type(planes.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* out = static_cast<T*>(planes.data) + first * planes.stride_c + y * planes.stride_h;
-    if (L == PIXEL && sizeof(T) <= sizeof(V) && interleaved(planes.stride_c, planes.stride_w, size.channels)) {
-      return write_pixels<T>(row, size.width, size.channels, reinterpret_cast<T*>(spare), out);
-    }
-    if (L == PIXEL) deinterleave(row, size.width, spare);
-    const V* planar = L == PIXEL ? spare : row;
-    for (int64_t i = 0; i < count; ++i) {
-      write_row<T>(planar + i * size.width, size.width, planes.stride_w, out + i * planes.stride_c);
-    }
-  });
+// Four at a time again, each overwriting what the one before wrote too much.
+template <class T>
+void write_pixels(const T* __restrict row, int64_t width, int64_t channels, T* __restrict out) {
+  for (int64_t x = 0; x + 1 < width; ++x) std::memcpy(out + channels * x, row + PIXEL * x, PIXEL * sizeof(T));
+  for (int64_t i = 0; i < channels; ++i) out[channels * (width - 1) + i] = row[PIXEL * (width - 1) + i];
 }
 
 template <class V, int L>
@@ -330,10 +356,10 @@ class Forward {
         channels_(smaller<int64_t>(L, copy.size.channels - first)),
         length_(copy.size.width * L),
         normalisation_(copy.mean, copy.std, first, channels_, L),
-        planar_(length_),
+        planar_(in_blocks(length_)),
         extra_(copy.size.width),
         result_(in_blocks(length_)) {
-    fill<V>(planar_, length_, 0);
+    fill<V>(planar_, in_blocks(length_), 0);
     fill<V>(result_, in_blocks(length_), 0);
   }
 
@@ -363,10 +389,21 @@ class Forward {
   // Row y of scale (x + noise + weight x').
   void make_row(int64_t y, V* row) {
     const int64_t width = copy_.size.width;
-    V* planes = L == 1 ? row : static_cast<V*>(planar_);
-    for (int64_t i = 0; i < channels_; ++i) make_plane_row(first_ + i, y, planes + i * width);
-    if (L == PIXEL) interleave<V>(planes, width, row);
+    if constexpr (L == 1) {
+      make_plane_row(first_, y, row);
+    } else {
+      const V* planes[PIXEL];
+      for (int64_t i = 0; i < PIXEL; ++i) {
+        planes[i] = i < channels_ && unchanged() ? row_in_place<V>(copy_.image, first_ + i, y) : nullptr;
+        if (planes[i] != nullptr) continue;
+        planes[i] = planar_ + i * width;
+        if (i < channels_) make_plane_row(first_ + i, y, planar_ + i * width);
+      }
+      interleave<V>(planes, width, row);
+    }
   }
+
+  bool unchanged() const { return !copy_.noisy && copy_.pool.data == nullptr && copy_.scale == 1; }
 
   void make_plane_row(int64_t channel, int64_t y, V* __restrict row) {
     const int64_t width = copy_.size.width;
@@ -388,8 +425,25 @@ class Forward {
   }
 
   void write(int64_t y) {
-    if (copy_.mean != nullptr || copy_.std != nullptr) normalisation_.apply(result_, length_);
-    write_channels<L, V>(copy_.out, copy_.size, first_, channels_, y, result_, planar_);
+    const Planes<void>& planes = copy_.out;
+    const int64_t width = copy_.size.width;
+    with_type(planes.dtype, [&](auto type) {
+      using T = decltype(type);
+      T* out = static_cast<T*>(planes.data) + first_ * planes.stride_c + y * planes.stride_h;
+      if constexpr (L == PIXEL && sizeof(T) <= sizeof(V)) {
+        if (interleaved(planes.stride_c, planes.stride_w, copy_.size.channels)) {
+          T* narrowed = reinterpret_cast<T*>(static_cast<V*>(planar_));
+          normalisation_.template write_blocks<T>(result_, length_, narrowed);
+          return write_pixels<T>(narrowed, width, channels_, out);
+        }
+      }
+      if (L == PIXEL) deinterleave<V>(result_, width, planar_);
+      const V* planar = L == PIXEL ? planar_ : result_;
+      for (int64_t i = 0; i < channels_; ++i) {
+        normalisation_.template write_plane<T>(planar + i * width, width, i, planes.stride_w,
+                                               out + i * planes.stride_c);
+      }
+    });
   }
 
   const DiversifyCopy& copy_;
@@ -406,11 +460,10 @@ class Adjoint {
         first_(first),
         channels_(smaller<int64_t>(L, adjoint.size.channels - first)),
         width_(adjoint.size.width),
-        normalisation_(nullptr, adjoint.std, first, channels_, L),
         planar_(width_ * L),
-        result_(in_blocks(width_ * L)) {
+        result_(width_ * L) {
     fill<V>(planar_, width_ * L, 0);
-    fill<V>(result_, in_blocks(width_ * L), 0);
+    fill<V>(result_, width_ * L, 0);
   }
 
   void rows(int64_t begin, int64_t end) {
@@ -425,7 +478,9 @@ class Adjoint {
           const int64_t count = smaller(DIVERSIFY_BAND, end - from) * width_;
           sum_copies(from, from + count / width_, sums, count);
           for (int64_t i = 0; i < channels_; ++i) {
-            write_row<T, V>(sums + i * count, count, 1, out + i * adjoint_.out.stride_c + from * width_);
+            const V* __restrict sum = sums + i * count;
+            T* __restrict to = out + i * adjoint_.out.stride_c + from * width_;
+            for (int64_t j = 0; j < count; ++j) to[j] = narrow<T>(static_cast<Wide<T>>(sum[j]));
           }
         }
       }
@@ -440,7 +495,7 @@ class Adjoint {
         if (L == PIXEL) deinterleave<V>(result_, width_, planar_);
         const V* planar = L == PIXEL ? planar_ : result_;
         for (int64_t i = 0; i < channels_; ++i) {
-          add_row(planar + i * width_, scale_of(copy), copy == 0, sums + i * stride + (y - begin) * width_);
+          add_row(planar + i * width_, first_ + i, copy, sums + i * stride + (y - begin) * width_);
         }
       };
       const ResizePadPlace place = place_of(copy);
@@ -460,7 +515,7 @@ class Adjoint {
     const Resizing down{adjoint_.size.height, place.resized, place.top, place.padded};
     const Resizing along{width_, place.resized, place.left, place.padded};
     const TapTable<V> rows = taps_of<V, Towards::image>(down), columns = taps_of<V, Towards::image>(along);
-    RowCache<V> cache(rows.taps, in_blocks(width_ * L));
+    RowCache<V> cache(rows.taps, width_ * L);
     const Buffer<V> row(width_ * L);
     for (int64_t y = begin; y < end; ++y) {
       resize_rows<V>(rows, y, cache, width_ * L, [&](int64_t index, V* made) { make_row(copy, index, made); }, row);
@@ -469,25 +524,36 @@ class Adjoint {
     }
   }
 
-  // Row y of what came back for a copy, divided by std.
+  // Row y of what came back for a copy.
   void make_row(int64_t copy, int64_t y, V* row) {
     Planes<const void> grad = adjoint_.grad;
     grad.data = static_cast<const char*>(grad.data) + copy * adjoint_.grad_stride * size_of(grad.dtype);
-    if (L == PIXEL && interleaved(grad.stride_c, grad.stride_w, adjoint_.size.channels)) {
-      read_pixels(grad, y, channels_, width_, row);
+    if constexpr (L == 1) {
+      read_row(grad, first_, y, width_, row);
     } else {
-      V* planes = L == 1 ? row : static_cast<V*>(planar_);
-      for (int64_t i = 0; i < channels_; ++i) read_row(grad, first_ + i, y, width_, planes + i * width_);
-      if (L == PIXEL) interleave<V>(planes, width_, row);
+      if (interleaved(grad.stride_c, grad.stride_w, adjoint_.size.channels)) {
+        return read_pixels(grad, y, channels_, width_, row);
+      }
+      const V* planes[PIXEL];
+      for (int64_t i = 0; i < PIXEL; ++i) {
+        planes[i] = i < channels_ ? row_in_place<V>(grad, first_ + i, y) : nullptr;
+        if (planes[i] != nullptr) continue;
+        planes[i] = planar_ + i * width_;
+        if (i < channels_) read_row(grad, first_ + i, y, width_, planar_ + i * width_);
+      }
+      interleave<V>(planes, width_, row);
     }
-    if (adjoint_.std != nullptr) normalisation_.apply(row, width_ * L);
   }
 
-  void add_row(const V* __restrict row, V scale, bool first, V* __restrict sum) {
-    if (first) {
-      for (int64_t x = 0; x < width_; ++x) sum[x] = row[x] * scale;
+  // sum + row / std * scale.
+  void add_row(const V* __restrict row, int64_t channel, int64_t copy, V* __restrict sum) {
+    const bool first = copy == 0;
+    const V scale = scale_of(copy);
+    const V std = adjoint_.std != nullptr ? static_cast<V>(adjoint_.std[channel]) : V(1);
+    if (std == 1) {
+      for (int64_t x = 0; x < width_; ++x) sum[x] = first ? row[x] * scale : sum[x] + row[x] * scale;
     } else {
-      for (int64_t x = 0; x < width_; ++x) sum[x] = sum[x] + row[x] * scale;
+      for (int64_t x = 0; x < width_; ++x) sum[x] = first ? row[x] / std * scale : sum[x] + row[x] / std * scale;
     }
   }
 
@@ -501,7 +567,6 @@ class Adjoint {
 
   const DiversifyAdjoint& adjoint_;
   int64_t first_, channels_, width_;
-  Normalisation<V> normalisation_;
   Buffer<V> planar_, result_;
 };
 
