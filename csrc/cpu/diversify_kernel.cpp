@@ -131,6 +131,9 @@ TapTable<V> taps_of(const Resizing& resizing) {
   return table;
 }
 
+// Room for rows of `length` that are taken by blocks of lanes.
+int64_t in_blocks(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
+
 // The rows that the last results were made of, since the next one shares most of them.
 template <class V>
 class RowCache {
@@ -166,24 +169,54 @@ void add_weighed(const V* __restrict row, V weight, int64_t length, V* __restric
   for (int64_t i = 0; i < length; ++i) out[i] = out[i] + weight * row[i];
 }
 
+struct Add {
+  template <class A>
+  A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+
+struct Multiply {
+  template <class A>
+  A operator()(A a, A b) const {
+    return a * b;
+  }
+};
+
+// One factor for each channel that a row holds, repeated over a block of lanes.
+template <class V>
+struct Factors {
+  V of[LANES];
+};
+
+// Over whole blocks of lanes.
 template <int N, class V>
-void combine(const V* const* rows, const V* weight, int64_t length, V* __restrict out) {
+void combine(const V* const* rows, const V* weight, const Factors<V>& factors, int64_t length, V* __restrict out) {
   const V* row[N];
-  V share[N];
+  Lanes<V> share[N];
   for (int n = 0; n < N; ++n) {
     row[n] = rows[n];
-    share[n] = weight[n];
+    share[n] = Lanes<V>::load(factors.of).with(Lanes<V>::filled(weight[n]), Multiply());
   }
-  for (int64_t i = 0; i < length; ++i) {
-    V sum = share[0] * row[0][i];
-    for (int n = 1; n < N; ++n) sum = sum + share[n] * row[n][i];
-    out[i] = sum;
+  for (int64_t i = 0; i < length; i += LANES) {
+    Lanes<V> sum = Lanes<V>::load(row[0] + i).with(share[0], Multiply());
+    for (int n = 1; n < N; ++n) sum = sum.with(Lanes<V>::load(row[n] + i).with(share[n], Multiply()), Add());
+    std::memcpy(out + i, &sum, sizeof(sum));
   }
 }
 
-// Row y of the resized image before its columns are: a weighted sum of rows that make(index, row) gives.
+template <class V>
+void add_combined(const V* __restrict row, V weight, const Factors<V>& factors, int64_t length, V* __restrict out) {
+  for (int64_t i = 0; i < length; i += LANES) {
+    for (int j = 0; j < LANES; ++j) out[i + j] = out[i + j] + weight * factors.of[j] * row[i + j];
+  }
+}
+
+// Row y of the resized image before its columns are, times `factors`: a weighted sum of rows that make(index, row)
+// gives.
 template <class V, class Make>
-void resize_rows(const TapTable<V>& table, int64_t y, RowCache<V>& cache, int64_t length, Make make, V* out) {
+void resize_rows(const TapTable<V>& table, int64_t y, const Factors<V>& factors, RowCache<V>& cache, int64_t length,
+                 Make make, V* out) {
   const int32_t* index = table.index + y * table.taps;
   const V* weight = table.weight + y * table.taps;
   int64_t count = 0;
@@ -194,22 +227,63 @@ void resize_rows(const TapTable<V>& table, int64_t y, RowCache<V>& cache, int64_
     case 0:
       return fill<V>(out, length, 0);
     case 1:
-      return combine<1>(rows, weight, length, out);
+      return combine<1>(rows, weight, factors, length, out);
     case 2:
-      return combine<2>(rows, weight, length, out);
+      return combine<2>(rows, weight, factors, length, out);
     case 3:
-      return combine<3>(rows, weight, length, out);
+      return combine<3>(rows, weight, factors, length, out);
     default:
-      combine<4>(rows, weight, length, out);
+      combine<4>(rows, weight, factors, length, out);
   }
   for (int64_t i = MAX_TAPS; i < count; ++i) {
-    add_weighed<V>(cache.row(index[i], index, count, make), weight[i], length, out);
+    add_combined<V>(cache.row(index[i], index, count, make), weight[i], factors, length, out);
   }
 }
 
-// The row after its columns are resized. T taps a pixel, or any number if that is 0.
+// For rows of whole pixels: pixel x comes from SPAN neighbours from first[x] on, whose weights
+// are repeated for every channel, so that all of them are multiplied at once.
+constexpr int SPAN = 4;
+
+template <class V>
+struct ColumnBand {
+  // False where some pixel comes from further apart, or a row is shorter than the band.
+  bool fits;
+  Buffer<int32_t> first;
+  Buffer<V> weight;
+
+  ColumnBand(const TapTable<V>& table, int64_t width)
+      : fits(width >= SPAN), first(width), weight(width * SPAN * PIXEL) {
+    fill<V>(weight, width * SPAN * PIXEL, 0);
+    for (int64_t x = 0; x < width && fits; ++x) {
+      const int32_t* index = table.index + x * table.taps;
+      const V* share = table.weight + x * table.taps;
+      first[x] = static_cast<int32_t>(smaller<int64_t>(index[0], width - SPAN));
+      for (int64_t i = 0; i < table.taps && share[i] != 0; ++i) {
+        const int64_t place = index[i] - first[x];
+        fits = fits && 0 <= place && place < SPAN;
+        if (!fits) return;
+        for (int j = 0; j < PIXEL; ++j) weight[(x * SPAN + place) * PIXEL + j] = share[i];
+      }
+    }
+  }
+};
+
+template <class V>
+void resize_columns_in_band(const ColumnBand<V>& band, int64_t width, const V* __restrict row, V* __restrict out) {
+  static_assert(SPAN * PIXEL == LANES);
+  const int32_t* first = band.first;
+  const V* weight = band.weight;
+  for (int64_t x = 0; x < width; ++x) {
+    const Lanes<V> values = Lanes<V>::load(row + first[x] * PIXEL).with(Lanes<V>::load(weight + x * LANES), Multiply());
+    Pixel<V, PIXEL> pixels[SPAN];
+    std::memcpy(pixels, &values, sizeof(pixels));
+    put_pixel<V, PIXEL>(out, x, (pixels[0] + pixels[2]) + (pixels[1] + pixels[3]));
+  }
+}
+
+// T taps a pixel, or any number if that is 0.
 template <int T, int L, class V>
-void resize_columns_of(const TapTable<V>& table, int64_t width, const V* __restrict row, V* __restrict out) {
+void resize_columns_by_tap(const TapTable<V>& table, int64_t width, const V* __restrict row, V* __restrict out) {
   const int64_t taps = T == 0 ? table.taps : T;
   const int32_t* index = table.index;
   const V* weight = table.weight;
@@ -220,64 +294,85 @@ void resize_columns_of(const TapTable<V>& table, int64_t width, const V* __restr
   }
 }
 
-template <int L, class V>
-void resize_columns(const TapTable<V>& table, int64_t width, const V* row, V* out) {
-  switch (table.taps) {
-    case 2:
-      return resize_columns_of<2, L>(table, width, row, out);
-    case 3:
-      return resize_columns_of<3, L>(table, width, row, out);
-    case 4:
-      return resize_columns_of<4, L>(table, width, row, out);
-    default:
-      return resize_columns_of<0, L>(table, width, row, out);
+// How the columns of a row are resized: by the way that is quickest of those that fit.
+template <class V, int L>
+class Columns {
+ public:
+  Columns(const TapTable<V>& taps, int64_t width)
+      : taps_(taps), width_(width), band_(taps, L == PIXEL && taps.taps > 2 ? width : 0) {}
+
+  void resize(const V* row, V* out) const {
+    if (taps_.taps == 2) return resize_columns_by_tap<2, L>(taps_, width_, row, out);
+    if constexpr (L == PIXEL) {
+      if (band_.fits) return resize_columns_in_band(band_, width_, row, out);
+    }
+    resize_columns_by_tap<0, L>(taps_, width_, row, out);
   }
-}
+
+ private:
+  const TapTable<V>& taps_;
+  int64_t width_;
+  ColumnBand<V> band_;
+};
 
 // (x - mean) / std with the numbers of the channels that a row holds, repeated over whole blocks of lanes.
 template <class V>
 struct Normalisation {
-  bool given;
   V mean[LANES], std[LANES];
+  bool centres, divides;
 
   // Channels first .. first + count, held by `pixel` a pixel.
   Normalisation(const double* means, const double* stds, int64_t first, int64_t count, int64_t pixel)
-      : given(means != nullptr || stds != nullptr) {
+      : centres(means != nullptr), divides(stds != nullptr) {
     for (int64_t i = 0; i < LANES; ++i) {
       const int64_t channel = i % pixel;
-      mean[i] = means != nullptr && channel < count ? static_cast<V>(means[first + channel]) : V(0);
-      std[i] = stds != nullptr && channel < count ? static_cast<V>(stds[first + channel]) : V(1);
+      mean[i] = centres && channel < count ? static_cast<V>(means[first + channel]) : V(0);
+      std[i] = divides && channel < count ? static_cast<V>(stds[first + channel]) : V(1);
     }
+  }
+
+  // Leaves the division to what resized rows are multiplied with anyway, by scale / std.
+  Factors<V> taken_out(V scale) {
+    Factors<V> factors;
+    for (int i = 0; i < LANES; ++i) {
+      factors.of[i] = scale / std[i];
+      mean[i] = mean[i] / std[i];
+    }
+    divides = false;
+    return factors;
   }
 
   // A row of the i-th of those channels alone.
   template <class T>
-  void write_plane(const V* __restrict row, int64_t width, int64_t i, int64_t stride, T* __restrict out) const {
-    const bool changed = given;
+  void write_plane(const V* row, int64_t width, int64_t i, int64_t stride, T* out) const {
     const V low = mean[i], size = std[i];
-    const auto value = [=](V x) { return narrow<T>(static_cast<Wide<T>>(changed ? (x - low) / size : x)); };
-    if (stride == 1) {
-      for (int64_t x = 0; x < width; ++x) out[x] = value(row[x]);
-    } else {
-      for (int64_t x = 0; x < width; ++x) out[x * stride] = value(row[x]);
-    }
+    if (divides) return write(row, width, stride, out, [low, size](V x) { return (x - low) / size; });
+    if (centres) return write(row, width, stride, out, [low](V x) { return x - low; });
+    write(row, width, stride, out, [](V x) { return x; });
   }
 
   // A row of all of them, in whole blocks.
   template <class T>
   void write_blocks(const V* __restrict row, int64_t length, T* __restrict out) const {
-    const bool changed = given;
+    const bool divided = divides;
     for (int64_t i = 0; i < length; i += LANES) {
       for (int64_t j = 0; j < LANES; ++j) {
-        const V x = row[i + j];
-        out[i + j] = narrow<T>(static_cast<Wide<T>>(changed ? (x - mean[j]) / std[j] : x));
+        const V x = row[i + j] - mean[j];
+        out[i + j] = narrow<T>(static_cast<Wide<T>>(divided ? x / std[j] : x));
       }
     }
   }
-};
 
-// Room for rows of `length` that are taken by blocks of lanes.
-int64_t in_blocks(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
+ private:
+  template <class T, class Change>
+  static void write(const V* __restrict row, int64_t width, int64_t stride, T* __restrict out, Change change) {
+    if (stride == 1) {
+      for (int64_t x = 0; x < width; ++x) out[x] = narrow<T>(static_cast<Wide<T>>(change(row[x])));
+    } else {
+      for (int64_t x = 0; x < width; ++x) out[x * stride] = narrow<T>(static_cast<Wide<T>>(change(row[x])));
+    }
+  }
+};
 
 // One row of one channel.
 template <class V>
@@ -377,16 +472,18 @@ class Forward {
     const Resizing down{copy_.size.height, place.resized, place.top, place.padded};
     const Resizing along{copy_.size.width, place.resized, place.left, place.padded};
     const TapTable<V> rows = taps_of<V, Towards::result>(down), columns = taps_of<V, Towards::result>(along);
-    RowCache<V> cache(rows.taps, length_);
-    const Buffer<V> row(length_);
+    const Columns<V, L> resizing(columns, along.size);
+    const Factors<V> factors = normalisation_.taken_out(static_cast<V>(copy_.scale));
+    RowCache<V> cache(rows.taps, in_blocks(length_));
+    const Buffer<V> row(in_blocks(length_));
     for (int64_t y = begin; y < end; ++y) {
-      resize_rows<V>(rows, y, cache, length_, [this](int64_t index, V* made) { make_row(index, made); }, row);
-      resize_columns<L, V>(columns, copy_.size.width, row, result_);
+      resize_rows<V>(rows, y, factors, cache, length_, [this](int64_t index, V* made) { make_row(index, made); }, row);
+      resizing.resize(row, result_);
       write(y);
     }
   }
 
-  // Row y of scale (x + noise + weight x').
+  // Row y of scale (x + noise + weight x'), unscaled if it is resized, which scales it.
   void make_row(int64_t y, V* row) {
     const int64_t width = copy_.size.width;
     if constexpr (L == 1) {
@@ -403,7 +500,9 @@ class Forward {
     }
   }
 
-  bool unchanged() const { return !copy_.noisy && copy_.pool.data == nullptr && copy_.scale == 1; }
+  bool unchanged() const { return !copy_.noisy && copy_.pool.data == nullptr && own_scale() == 1; }
+
+  V own_scale() const { return copy_.place.resized != 0 ? V(1) : static_cast<V>(copy_.scale); }
 
   void make_plane_row(int64_t channel, int64_t y, V* __restrict row) {
     const int64_t width = copy_.size.width;
@@ -419,7 +518,7 @@ class Forward {
       read_row(copy_.pool, channel, y, width, extra);
       add_weighed<V>(extra, static_cast<V>(copy_.weight), width, row);
     }
-    const V scale = static_cast<V>(copy_.scale);
+    const V scale = own_scale();
     if (scale == 1) return;
     for (int64_t x = 0; x < width; ++x) row[x] = row[x] * scale;
   }
@@ -491,14 +590,20 @@ class Adjoint {
   // Into rows begin .. end of the planes that start at `sums`, `stride` apart.
   void sum_copies(int64_t begin, int64_t end, V* sums, int64_t stride) {
     for (int64_t copy = 0; copy < adjoint_.copies; ++copy) {
+      const ResizePadPlace place = place_of(copy);
       const auto add = [&](int64_t y) {
         if (L == PIXEL) deinterleave<V>(result_, width_, planar_);
         const V* planar = L == PIXEL ? planar_ : result_;
         for (int64_t i = 0; i < channels_; ++i) {
-          add_row(planar + i * width_, first_ + i, copy, sums + i * stride + (y - begin) * width_);
+          V* sum = sums + i * stride + (y - begin) * width_;
+          if (place.resized != 0) {
+            add_row(planar + i * width_, copy == 0, sum, [](V x) { return x; });
+          } else {
+            add_row(planar + i * width_, copy == 0, sum,
+                    [scale = scale_of(copy), std = std_of(i)](V x) { return x / std * scale; });
+          }
         }
       };
-      const ResizePadPlace place = place_of(copy);
       if (place.resized != 0) {
         resized_rows(copy, place, begin, end, add);
       } else {
@@ -515,11 +620,15 @@ class Adjoint {
     const Resizing down{adjoint_.size.height, place.resized, place.top, place.padded};
     const Resizing along{width_, place.resized, place.left, place.padded};
     const TapTable<V> rows = taps_of<V, Towards::image>(down), columns = taps_of<V, Towards::image>(along);
-    RowCache<V> cache(rows.taps, width_ * L);
-    const Buffer<V> row(width_ * L);
+    const Columns<V, L> resizing(columns, width_);
+    Factors<V> factors;
+    for (int i = 0; i < LANES; ++i) factors.of[i] = scale_of(copy) / std_of(i % L);
+    RowCache<V> cache(rows.taps, in_blocks(width_ * L));
+    const Buffer<V> row(in_blocks(width_ * L));
+    const auto make = [&](int64_t index, V* made) { make_row(copy, index, made); };
     for (int64_t y = begin; y < end; ++y) {
-      resize_rows<V>(rows, y, cache, width_ * L, [&](int64_t index, V* made) { make_row(copy, index, made); }, row);
-      resize_columns<L, V>(columns, width_, row, result_);
+      resize_rows<V>(rows, y, factors, cache, width_ * L, make, row);
+      resizing.resize(row, result_);
       add(y);
     }
   }
@@ -545,16 +654,18 @@ class Adjoint {
     }
   }
 
-  // sum + row / std * scale.
-  void add_row(const V* __restrict row, int64_t channel, int64_t copy, V* __restrict sum) {
-    const bool first = copy == 0;
-    const V scale = scale_of(copy);
-    const V std = adjoint_.std != nullptr ? static_cast<V>(adjoint_.std[channel]) : V(1);
-    if (std == 1) {
-      for (int64_t x = 0; x < width_; ++x) sum[x] = first ? row[x] * scale : sum[x] + row[x] * scale;
+  template <class Change>
+  void add_row(const V* __restrict row, bool first, V* __restrict sum, Change change) {
+    if (first) {
+      for (int64_t x = 0; x < width_; ++x) sum[x] = change(row[x]);
     } else {
-      for (int64_t x = 0; x < width_; ++x) sum[x] = first ? row[x] / std * scale : sum[x] + row[x] / std * scale;
+      for (int64_t x = 0; x < width_; ++x) sum[x] = sum[x] + change(row[x]);
     }
+  }
+
+  // Of the i-th channel of those that a row holds.
+  V std_of(int64_t i) const {
+    return adjoint_.std != nullptr && i < channels_ ? static_cast<V>(adjoint_.std[first_ + i]) : V(1);
   }
 
   V scale_of(int64_t copy) const {
