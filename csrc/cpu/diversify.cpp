@@ -70,6 +70,14 @@ bool any_resized(const std::vector<ResizePadPlace>& places) {
   return std::any_of(places.begin(), places.end(), [](const ResizePadPlace& place) { return place.resized != 0; });
 }
 
+// About what a last-level cache holds of one process' data.
+constexpr int64_t CACHED_BYTES = int64_t{16} << 20;
+
+bool larger_than_caches(const Tensor& a, const Tensor& b) {
+  return a.numel() * static_cast<int64_t>(a.element_size()) + b.numel() * static_cast<int64_t>(b.element_size()) >
+         CACHED_BYTES;
+}
+
 struct NoiseKey {
   uint64_t seed;
   uint32_t step, purpose;
@@ -162,12 +170,13 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
   if (out.numel() == 0) return out;
 
   const float low = static_cast<float>(-noise_radius), noise_width = static_cast<float>(2 * noise_radius);
-  const bool resizes = any_resized(places);
+  const bool resizes = any_resized(places), streams = larger_than_caches(images, out);
   const auto copy_of = [&](int64_t row) {
     const int64_t n = row % count;
     DiversifyCopy copy{};
     copy.size = {channels, height, width};
     copy.resizes = resizes;
+    copy.streams = streams;
     copy.image = planes_of(images, n);
     if (pool) {
       copy.pool = planes_of(*pool, partners[row]);
@@ -210,12 +219,13 @@ Tensor diversify_backward(Tensor grad, int64_t copies, std::optional<Tensor> sca
   Tensor out = torch::stable::empty({count, channels, height, width}, dtype);
   if (out.numel() == 0) return out;
 
-  const bool resizes = any_resized(places);
+  const bool resizes = any_resized(places), streams = larger_than_caches(grad, out);
   const auto rows = AF_KERNEL(diversify_adjoint_rows);
   each_rows(count, height, copies * channels * width, [&](int64_t n, int64_t begin, int64_t end) {
     DiversifyAdjoint adjoint{};
     adjoint.size = {channels, height, width};
     adjoint.resizes = resizes;
+    adjoint.streams = streams;
     adjoint.copies = copies;
     adjoint.grad = planes_of(grad, n);
     adjoint.grad_stride = count * grad.stride(0);

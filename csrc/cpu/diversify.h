@@ -24,6 +24,8 @@ struct DiversifyCopy {
   ImageSize size;
   // Whether any copy of the batch is resized; decides how rows are held, so it is the same for the whole batch.
   bool resizes;
+  // Whether the batch is larger than the caches, so that rows are asked for ahead of their use.
+  bool streams;
   Planes<const void> image, pool;
   // Data of the pool is null where nothing is mixed in.
   double weight;
@@ -44,6 +46,8 @@ AF_DECLARE_KERNEL(void, diversify_rows, const DiversifyCopy& copy, int64_t begin
 struct DiversifyAdjoint {
   ImageSize size;
   bool resizes;
+  // Whether the batch is larger than the caches, so that rows are asked for ahead of their use.
+  bool streams;
   int64_t copies;
   // Of the first copy, and how far on the next one lies.
   Planes<const void> grad;
