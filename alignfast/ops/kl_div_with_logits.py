@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from alignfast.checks import check_choice, check_number, check_shape
+from alignfast.native import NATIVE_DEVICES
 from alignfast.reference import kl_div_with_logits as reference
 
 Direction = Literal["forward", "reverse", "symmetric", "jsd"]
@@ -26,8 +28,8 @@ def kl_div_with_logits(
 
     With p the teacher's and q the student's distribution: "forward" is KL(p || q), the paper's loss; "reverse" is
     KL(q || p); "symmetric" is their mean; "jsd" is (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Gradient flows
-    to the student only. Logits below -1e5, -inf
-    (masked classes) included, count as -1e5, so loss and gradient stay finite.
+    to the student only, and has no gradient of its own. Logits below -1e5, -inf (masked classes) included, count as
+    -1e5, so loss and gradient stay finite.
 
     Args:
         student: [B, C] logits, any floating dtype; computed in float32, or in float64 if given so.
@@ -42,6 +44,18 @@ def kl_div_with_logits(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or an argument outside what is allowed.
     """
+    arguments = (student, teacher.detach(), temperature, direction, reduction, combine)
+    _check(*arguments)
+    if student.device.type in NATIVE_DEVICES:
+        with_gradient = student.requires_grad and torch.is_grad_enabled()
+        loss: Tensor = torch.ops.alignfast.kl_div_with_logits(*arguments, with_gradient)[0]
+        return loss
+    return reference.kl_div_with_logits(*arguments)
+
+
+def _check(
+    student: Tensor, teacher: Tensor, temperature: float, direction: str, reduction: str, combine: str
+) -> None:
     check_shape("student", student.shape, (None, None))
     if teacher.ndim == 3:
         check_shape("teacher", teacher.shape, (None, *student.shape))
@@ -58,4 +72,50 @@ def kl_div_with_logits(
     check_choice("direction", direction, ("forward", "reverse", "symmetric", "jsd"))
     check_choice("reduction", reduction, ("batchmean", "sum", "none"))
     check_choice("combine", combine, ("mean", "max", "min"))
-    return reference.kl_div_with_logits(student, teacher, temperature, direction, reduction, combine)
+
+
+def _fake(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    direction: str,
+    reduction: str,
+    combine: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(student, teacher, temperature, direction, reduction, combine)
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, student.new_empty(student.shape if with_gradient else 0, dtype=dtype)
+
+
+def _backward_fake(grad: Tensor, gradient: Tensor, student: Tensor) -> Tensor:
+    check_shape("student", student.shape, (None, None))
+    check_shape("gradient", gradient.shape, student.shape)
+    if grad.ndim:
+        check_shape("grad", grad.shape, student.shape[:1])
+    if grad.dtype != gradient.dtype:
+        raise ValueError(f"grad: got dtype {grad.dtype}; allowed is that of gradient, {gradient.dtype}")
+    return student.new_empty(student.shape)
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.with_gradient = inputs[-1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.with_gradient:
+        raise RuntimeError("with_gradient: got False for a loss that is differentiated; allowed is True")
+    return torch.ops.alignfast.kl_div_with_logits_backward(grad, *ctx.saved_tensors), *[None] * 6
+
+
+def _refuse_second_derivative(*_: Any) -> None:
+    raise RuntimeError("kl_div_with_logits: no second derivative; differentiate it once, without create_graph")
+
+
+torch.library.register_fake("alignfast::kl_div_with_logits", _fake)
+torch.library.register_autograd("alignfast::kl_div_with_logits", _backward, setup_context=_keep_gradient)
+torch.library.register_fake("alignfast::kl_div_with_logits_backward", _backward_fake)
+torch.library.register_autograd("alignfast::kl_div_with_logits_backward", _refuse_second_derivative)
