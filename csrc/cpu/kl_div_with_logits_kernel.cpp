@@ -83,12 +83,12 @@ struct Bounds {
 
 template <class V>
 void find_terms(const V* __restrict student, const V* __restrict teacher, int64_t count, const Bounds<V>& largest,
-                V inverse_temperature, Terms<V>& terms) {
+                V doublings, Terms<V>& terms) {
   for (int64_t i = 0; i < count; ++i) {
     const V a = raised_logit(student[i]) - largest.student, b = raised_logit(teacher[i]) - largest.teacher;
     terms.log[i] = b - a;
-    terms.weight_q[i] = exp_below_zero(a * inverse_temperature);
-    terms.weight_p[i] = exp_below_zero(b * inverse_temperature);
+    terms.weight_q[i] = exp2_below_zero(a * doublings);
+    terms.weight_p[i] = exp2_below_zero(b * doublings);
   }
 }
 
@@ -108,6 +108,8 @@ struct Row {
   LogitsReader<V> student, teacher;
   Bounds<V> bounds;
   V inverse_temperature;
+  // A logit's weight doubles with 1 / doublings.
+  V doublings;
   bool kept;
   Terms<V> terms[KEPT];
 
@@ -117,6 +119,7 @@ struct Row {
         teacher(sample.teacher),
         bounds{LOWEST_LOGIT, LOWEST_LOGIT, 0},
         inverse_temperature(static_cast<V>(1 / sample.temperature)),
+        doublings(static_cast<V>(LOG2_E / sample.temperature)),
         kept(sample.classes <= KEPT * CHUNK) {}
 
   template <class Visit>
@@ -138,7 +141,7 @@ struct Row {
 
   Terms<V>& found_terms(int64_t start, int64_t count) {
     Terms<V>& found = terms[kept ? start / CHUNK : 0];
-    find_terms(student.at(start, count), teacher.at(start, count), count, bounds, inverse_temperature, found);
+    find_terms(student.at(start, count), teacher.at(start, count), count, bounds, doublings, found);
     return found;
   }
 
