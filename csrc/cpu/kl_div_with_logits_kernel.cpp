@@ -1,4 +1,5 @@
 #include <cmath>
+#include <utility>
 
 #include "cpu/kl_div_with_logits.h"
 #include "cpu/lanes.h"
@@ -49,152 +50,248 @@ void widen_all(const T* __restrict from, int64_t stride, int64_t count, V* __res
 bool is(Dtype dtype, float) { return dtype == Dtype::float32; }
 bool is(Dtype dtype, double) { return dtype == Dtype::float64; }
 
-// A row of logits as values of V, a chunk at a time: where they lie, or widened into a buffer.
-template <class V>
-struct LogitsReader {
-  const LogitsRow& row;
-  int64_t held = -1;
-  V buffer[CHUNK];
+// Classes are taken this many at a time, and rows filled up to whole blocks, so that no loop has a remainder.
+constexpr int64_t BLOCK = 4 * LANES;
 
-  explicit LogitsReader(const LogitsRow& row) : row(row) {}
+constexpr auto plus = [](auto a, auto b) { return a + b; };
+constexpr auto times = [](auto a, auto b) { return a * b; };
+constexpr auto largest = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto smallest = [](auto a, auto b) { return a < b ? a : b; };
 
-  const V* at(int64_t start, int64_t count) {
-    if (is(row.dtype, V()) && row.stride == 1) return static_cast<const V*>(row.data) + start;
-    if (held != start) {
-      with_type(row.dtype, [&](auto type) {
-        widen_all(static_cast<const decltype(type)*>(row.data) + start * row.stride, row.stride, count, buffer);
-      });
-      held = start;
+// What blocks are folded into: element i of each goes to lane i.
+template <class V, class Combine>
+struct BlockFold {
+  Combine combine;
+  Lanes<V> lanes[4];
+
+  BlockFold(V neutral, Combine combine) : combine(combine) {
+    for (Lanes<V>& lane : lanes) lane = Lanes<V>::filled(neutral);
+  }
+
+  void add(const V* x) {
+    for (int j = 0; j < 4; ++j) lanes[j] = lanes[j].with(Lanes<V>::load(x + j * LANES), combine);
+  }
+
+  void add_product(const V* x, const V* y) {
+    for (int j = 0; j < 4; ++j) {
+      const Lanes<V> product = Lanes<V>::load(x + j * LANES).with(Lanes<V>::load(y + j * LANES), times);
+      lanes[j] = lanes[j].with(product, combine);
     }
-    return buffer;
+  }
+
+  V result() const {
+    return lanes[0].with(lanes[1], combine).with(lanes[2].with(lanes[3], combine), combine).folded(combine);
   }
 };
 
-// What the classes of a chunk contribute. `log` is delta; the second pass of jsd makes it the log of q to the mixture.
+template <class V>
+struct BlockSum : BlockFold<V, decltype(plus)> {
+  BlockSum() : BlockFold<V, decltype(plus)>(0, plus) {}
+};
+
+// A row of logits as values of V: where it lies, or widened and filled up in a buffer.
+template <class V>
+struct LogitsReader {
+  const LogitsRow& row;
+  int64_t classes;
+  bool direct;
+  int64_t held = -1;
+  alignas(64) V buffer[CHUNK];
+
+  LogitsReader(const LogitsRow& row, int64_t classes)
+      : row(row), classes(classes), direct(is(row.dtype, V()) && row.stride == 1) {}
+
+  // The whole blocks from `start` to the end of its chunk, or else the block of which the row fills only a part.
+  const V* at(int64_t start) {
+    if (direct && start + BLOCK <= classes) return static_cast<const V*>(row.data) + start;
+    const int64_t first = direct ? start : start / CHUNK * CHUNK;
+    if (first != held) hold(first);
+    return buffer + (start - first);
+  }
+
+  [[gnu::noinline]] void hold(int64_t first) {
+    const int64_t count = smaller(CHUNK, classes - first);
+    with_type(row.dtype, [&](auto type) {
+      widen_all(static_cast<const decltype(type)*>(row.data) + first * row.stride, row.stride, count, buffer);
+    });
+    for (int64_t i = count; i % BLOCK != 0; ++i) buffer[i] = V(LOWEST_LOGIT);
+    held = first;
+  }
+};
+
+// What the classes of a block contribute. `log` is delta; the second pass of jsd makes it the log of q to the mixture.
 template <class V>
 struct Terms {
-  V weight_q[CHUNK], weight_p[CHUNK], log[CHUNK];
+  alignas(64) V weight_q[BLOCK], weight_p[BLOCK], log[BLOCK];
 };
 
 template <class V>
 struct Bounds {
-  V student, teacher, lowest_student;
+  V student, teacher;
 };
 
+// Blocks that lie in one piece.
 template <class V>
-void find_terms(const V* __restrict student, const V* __restrict teacher, int64_t count, const Bounds<V>& largest,
-                V doublings, Terms<V>& terms) {
-  for (int64_t i = 0; i < count; ++i) {
-    const V a = raised_logit(student[i]) - largest.student, b = raised_logit(teacher[i]) - largest.teacher;
+struct Stretch {
+  int64_t start, end;
+  const V* student_logits;
+  const V* teacher_logits;
+
+  const V* student(int64_t i) const { return student_logits + (i - start); }
+  const V* teacher(int64_t i) const { return teacher_logits + (i - start); }
+};
+
+// `doublings` is how often the weight of a logit doubles where the logit grows by 1.
+template <class V, bool RAISED>
+inline void find_weights(const V* __restrict student, const V* __restrict teacher, Bounds<V> bounds, V doublings,
+                         Terms<V>& __restrict terms) {
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const V a = (RAISED ? raised_logit(student[i]) : student[i]) - bounds.student;
+    const V b = (RAISED ? raised_logit(teacher[i]) : teacher[i]) - bounds.teacher;
     terms.log[i] = b - a;
     terms.weight_q[i] = exp2_below_zero(a * doublings);
     terms.weight_p[i] = exp2_below_zero(b * doublings);
   }
 }
 
+// Replaces delta by the log of q to the mixture.
 template <class V>
-double sum_of_products(const V* __restrict x, const V* __restrict y, int64_t count) {
-  V products[CHUNK];
-  for (int64_t i = 0; i < count; ++i) products[i] = x[i] * y[i];
-  return sum_of(products, count);
+inline void find_logs_to_mixture(V inverse_temperature, V log_ratio, V* __restrict log, V* __restrict log_p) {
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const LogsToMixture<V> logs = logs_to_mixture(log[i] * inverse_temperature - log_ratio);
+    log[i] = logs.q;
+    log_p[i] = logs.p;
+  }
 }
 
-// One sample. Rows of up to KEPT chunks keep their terms, longer ones find them again in every pass.
+// One sample. Rows of up to KEPT blocks keep their terms, longer ones find them again in every pass.
 template <class V, Direction D>
 struct Row {
-  static constexpr int64_t KEPT = 12 / sizeof(V);
+  static constexpr int64_t KEPT = 48 * sizeof(float) / sizeof(V);
 
   const KlSample& sample;
+  int64_t classes;
   LogitsReader<V> student, teacher;
   Bounds<V> bounds;
-  V inverse_temperature;
-  // A logit's weight doubles with 1 / doublings.
-  V doublings;
-  bool kept;
+  bool student_raised, raised, kept;
+  V inverse_temperature, doublings;
   Terms<V> terms[KEPT];
 
   explicit Row(const KlSample& sample)
       : sample(sample),
-        student(sample.student),
-        teacher(sample.teacher),
-        bounds{LOWEST_LOGIT, LOWEST_LOGIT, 0},
+        classes(sample.classes),
+        student(sample.student, classes),
+        teacher(sample.teacher, classes),
+        kept(classes <= KEPT * BLOCK),
         inverse_temperature(static_cast<V>(1 / sample.temperature)),
-        doublings(static_cast<V>(LOG2_E / sample.temperature)),
-        kept(sample.classes <= KEPT * CHUNK) {}
+        doublings(static_cast<V>(LOG2_E / sample.temperature)) {}
 
-  template <class Visit>
-  void each_chunk(Visit visit) {
-    for (int64_t start = 0; start < sample.classes; start += CHUNK) {
-      visit(start, smaller(CHUNK, sample.classes - start));
+  Stretch<V> stretch_at(int64_t start) {
+    const int64_t end = smaller(classes, (start / CHUNK + 1) * CHUNK);
+    const int64_t whole = end / BLOCK * BLOCK;
+    return {start, start < whole ? whole : end, student.at(start), teacher.at(start)};
+  }
+
+  [[gnu::noinline]] void find_bounds() {
+    BlockFold student_high(V(LOWEST_LOGIT), largest), teacher_high(V(LOWEST_LOGIT), largest);
+    BlockFold student_low(V(LOWEST_LOGIT), smallest), teacher_low(V(LOWEST_LOGIT), smallest);
+    for (int64_t i = 0; i < classes;) {
+      for (const Stretch<V> stretch = stretch_at(i); i < stretch.end; i += BLOCK) {
+        student_high.add(stretch.student(i));
+        student_low.add(stretch.student(i));
+        teacher_high.add(stretch.teacher(i));
+        teacher_low.add(stretch.teacher(i));
+      }
     }
+    bounds = {student_high.result(), teacher_high.result()};
+    student_raised = student_low.result() < V(LOWEST_LOGIT);
+    raised = student_raised || teacher_low.result() < V(LOWEST_LOGIT);
   }
 
-  void find_bounds() {
-    each_chunk([&](int64_t start, int64_t count) {
-      const V* logits = student.at(start, count);
-      bounds.student = larger(bounds.student, max_of(logits, count, V(LOWEST_LOGIT)));
-      bounds.lowest_student =
-          reduced(logits, count, bounds.lowest_student, [](auto x, auto y) { return x < y ? x : y; });
-      bounds.teacher = larger(bounds.teacher, max_of(teacher.at(start, count), count, V(LOWEST_LOGIT)));
-    });
-  }
+  Terms<V>& place_of(int64_t start) { return terms[kept ? start / BLOCK : 0]; }
 
-  Terms<V>& found_terms(int64_t start, int64_t count) {
-    Terms<V>& found = terms[kept ? start / CHUNK : 0];
-    find_terms(student.at(start, count), teacher.at(start, count), count, bounds, doublings, found);
+  Terms<V>& find_terms(const Stretch<V>& stretch, int64_t start) {
+    Terms<V>& found = place_of(start);
+    if (raised) {
+      find_weights<V, true>(stretch.student(start), stretch.teacher(start), bounds, doublings, found);
+    } else {
+      find_weights<V, false>(stretch.student(start), stretch.teacher(start), bounds, doublings, found);
+    }
+    for (int64_t i = classes - start; i < BLOCK; ++i) found.weight_q[i] = found.weight_p[i] = 0;
     return found;
   }
 
-  Terms<V>& terms_of(int64_t start, int64_t count) { return kept ? terms[start / CHUNK] : found_terms(start, count); }
-
-  DivergenceSums first_sums() {
-    DivergenceSums sums{};
-    each_chunk([&](int64_t start, int64_t count) {
-      const Terms<V>& found = found_terms(start, count);
-      sums.q += sum_of(found.weight_q, count);
-      sums.p += sum_of(found.weight_p, count);
-      if constexpr (D == Direction::reverse || D == Direction::symmetric) {
-        sums.q_logs += sum_of_products(found.weight_q, found.log, count);
-      }
-      if constexpr (D == Direction::forward || D == Direction::symmetric) {
-        sums.p_logs += sum_of_products(found.weight_p, found.log, count);
-      }
-    });
-    return sums;
+  Terms<V>& terms_of(const Stretch<V>& stretch, int64_t start) {
+    return kept ? place_of(start) : find_terms(stretch, start);
   }
 
-  void add_logs_to_mixture(DivergenceSums& sums, double log_ratio) {
-    each_chunk([&](int64_t start, int64_t count) {
-      Terms<V>& found = terms_of(start, count);
-      V log_p[CHUNK];
-      to_mixture(found, count, static_cast<V>(log_ratio), log_p);
-      sums.q_logs += sum_of_products(found.weight_q, found.log, count);
-      sums.p_logs += sum_of_products(found.weight_p, log_p, count);
-    });
-  }
-
-  void to_mixture(Terms<V>& found, int64_t count, V log_ratio, V* __restrict log_p) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const LogsToMixture<V> logs = logs_to_mixture(found.log[i] * inverse_temperature - log_ratio);
-      found.log[i] = logs.q;
-      log_p[i] = logs.p;
+  // Calls visit(stretch, i) for every block of a chunk.
+  template <class Visit>
+  void each_block(int64_t chunk, Visit visit) {
+    for (int64_t i = chunk; i < smaller(classes, chunk + CHUNK);) {
+      for (const Stretch<V> stretch = stretch_at(i); i < stretch.end; i += BLOCK) visit(stretch, i);
     }
   }
 
-  void write_gradient(const DivergenceSums& sums, double log_ratio, double weight, bool add, V* gradient) {
-    const GradientFactors<V> factors = gradient_factors<V, D>(sums, sample.temperature, weight);
-    each_chunk([&](int64_t start, int64_t count) {
-      Terms<V>& found = terms_of(start, count);
-      if constexpr (D == Direction::jsd) {
-        V log_p[CHUNK];
-        if (!kept) to_mixture(found, count, static_cast<V>(log_ratio), log_p);
-      }
-      write_chunk(found, factors, count, add, gradient + start);
-      if (bounds.lowest_student < V(LOWEST_LOGIT)) zero_raised(start, count, gradient + start);
-    });
+  // Calls add(stretch, i, sums...) for every block, with sums in V of a chunk at a time.
+  template <class... Sums, class Add>
+  void sum_up(Add add, Sums&... totals) {
+    for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
+      [&]<size_t... I>(std::index_sequence<I...>) {
+        BlockSum<V> sums[sizeof...(Sums)];
+        each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) { add(stretch, i, sums[I]...); });
+        ((totals += static_cast<double>(sums[I].result())), ...);
+      }(std::index_sequence_for<Sums...>());
+    }
   }
 
-  static void write_chunk(const Terms<V>& found, const GradientFactors<V>& factors, int64_t count, bool add,
+  [[gnu::noinline]] DivergenceSums first_sums() {
+    DivergenceSums sums{};
+    sum_up(
+        [&](const Stretch<V>& stretch, int64_t i, auto& q, auto& p, auto& q_logs, auto& p_logs) {
+          const Terms<V>& found = find_terms(stretch, i);
+          q.add(found.weight_q);
+          p.add(found.weight_p);
+          if constexpr (D == Direction::reverse || D == Direction::symmetric) {
+            q_logs.add_product(found.weight_q, found.log);
+          }
+          if constexpr (D == Direction::forward || D == Direction::symmetric) {
+            p_logs.add_product(found.weight_p, found.log);
+          }
+        },
+        sums.q, sums.p, sums.q_logs, sums.p_logs);
+    return sums;
+  }
+
+  [[gnu::noinline]] void add_logs_to_mixture(DivergenceSums& sums, double log_ratio) {
+    sum_up(
+        [&](const Stretch<V>& stretch, int64_t i, auto& q_logs, auto& p_logs) {
+          Terms<V>& found = terms_of(stretch, i);
+          alignas(64) V log_p[BLOCK];
+          find_logs_to_mixture(inverse_temperature, static_cast<V>(log_ratio), found.log, log_p);
+          q_logs.add_product(found.weight_q, found.log);
+          p_logs.add_product(found.weight_p, log_p);
+        },
+        sums.q_logs, sums.p_logs);
+  }
+
+  [[gnu::noinline]] void write_gradient(const DivergenceSums& sums, double log_ratio, double weight, bool add,
+                                        V* gradient) {
+    const GradientFactors<V> factors = gradient_factors<V, D>(sums, sample.temperature, weight);
+    for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
+      each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) {
+        Terms<V>& found = terms_of(stretch, i);
+        if constexpr (D == Direction::jsd) {
+          alignas(64) V log_p[BLOCK];
+          if (!kept) find_logs_to_mixture(inverse_temperature, static_cast<V>(log_ratio), found.log, log_p);
+        }
+        write_block(found, factors, smaller(BLOCK, classes - i), add, gradient + i);
+        if (student_raised) zero_raised(stretch.student(i), smaller(BLOCK, classes - i), gradient + i);
+      });
+    }
+  }
+
+  static void write_block(const Terms<V>& __restrict found, const GradientFactors<V>& factors, int64_t count, bool add,
                           V* __restrict gradient) {
     const auto at = [&](int64_t i) {
       return factors.template at<D>(found.weight_q[i], found.weight_p[i], found.log[i]);
@@ -207,8 +304,7 @@ struct Row {
   }
 
   // Logits that count as the lowest have no gradient.
-  void zero_raised(int64_t start, int64_t count, V* __restrict gradient) {
-    const V* logits = student.at(start, count);
+  static void zero_raised(const V* __restrict logits, int64_t count, V* __restrict gradient) {
     for (int64_t i = 0; i < count; ++i) gradient[i] = logits[i] < V(LOWEST_LOGIT) ? V(0) : gradient[i];
   }
 
