@@ -1,5 +1,4 @@
 #include <cmath>
-#include <utility>
 
 #include "cpu/kl_div_with_logits.h"
 #include "cpu/lanes.h"
@@ -89,6 +88,19 @@ struct BlockSum : BlockFold<V, decltype(plus)> {
   BlockSum() : BlockFold<V, decltype(plus)>(0, plus) {}
 };
 
+// DivergenceSums of a chunk.
+template <class V>
+struct ChunkSums {
+  BlockSum<V> q, p, q_logs, p_logs;
+
+  void add_to(DivergenceSums& totals) const {
+    totals.q += static_cast<double>(q.result());
+    totals.p += static_cast<double>(p.result());
+    totals.q_logs += static_cast<double>(q_logs.result());
+    totals.p_logs += static_cast<double>(p_logs.result());
+  }
+};
+
 // A row of logits as values of V: where it lies, or widened and filled up in a buffer.
 template <class V>
 struct LogitsReader {
@@ -164,7 +176,8 @@ inline void find_logs_to_mixture(V inverse_temperature, V log_ratio, V* __restri
   }
 }
 
-// One sample. Rows of up to KEPT blocks keep their terms, longer ones find them again in every pass.
+// One sample. Rows of up to KEPT blocks keep their terms, longer ones find them again in every pass. The passes are not
+// inlined into one another: a loop of its own has the registers for its sums and coefficients.
 template <class V, Direction D>
 struct Row {
   static constexpr int64_t KEPT = 48 * sizeof(float) / sizeof(V);
@@ -173,7 +186,7 @@ struct Row {
   int64_t classes;
   LogitsReader<V> student, teacher;
   Bounds<V> bounds;
-  bool student_raised, raised, kept;
+  bool raised, kept;
   V inverse_temperature, doublings;
   Terms<V> terms[KEPT];
 
@@ -194,18 +207,17 @@ struct Row {
 
   [[gnu::noinline]] void find_bounds() {
     BlockFold student_high(V(LOWEST_LOGIT), largest), teacher_high(V(LOWEST_LOGIT), largest);
-    BlockFold student_low(V(LOWEST_LOGIT), smallest), teacher_low(V(LOWEST_LOGIT), smallest);
+    BlockFold low(V(LOWEST_LOGIT), smallest);
     for (int64_t i = 0; i < classes;) {
       for (const Stretch<V> stretch = stretch_at(i); i < stretch.end; i += BLOCK) {
         student_high.add(stretch.student(i));
-        student_low.add(stretch.student(i));
         teacher_high.add(stretch.teacher(i));
-        teacher_low.add(stretch.teacher(i));
+        low.add(stretch.student(i));
+        low.add(stretch.teacher(i));
       }
     }
     bounds = {student_high.result(), teacher_high.result()};
-    student_raised = student_low.result() < V(LOWEST_LOGIT);
-    raised = student_raised || teacher_low.result() < V(LOWEST_LOGIT);
+    raised = low.result() < V(LOWEST_LOGIT);
   }
 
   Terms<V>& place_of(int64_t start) { return terms[kept ? start / BLOCK : 0]; }
@@ -233,46 +245,38 @@ struct Row {
     }
   }
 
-  // Calls add(stretch, i, sums...) for every block, with sums in V of a chunk at a time.
-  template <class... Sums, class Add>
-  void sum_up(Add add, Sums&... totals) {
-    for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
-      [&]<size_t... I>(std::index_sequence<I...>) {
-        BlockSum<V> sums[sizeof...(Sums)];
-        each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) { add(stretch, i, sums[I]...); });
-        ((totals += static_cast<double>(sums[I].result())), ...);
-      }(std::index_sequence_for<Sums...>());
-    }
-  }
-
   [[gnu::noinline]] DivergenceSums first_sums() {
-    DivergenceSums sums{};
-    sum_up(
-        [&](const Stretch<V>& stretch, int64_t i, auto& q, auto& p, auto& q_logs, auto& p_logs) {
-          const Terms<V>& found = find_terms(stretch, i);
-          q.add(found.weight_q);
-          p.add(found.weight_p);
-          if constexpr (D == Direction::reverse || D == Direction::symmetric) {
-            q_logs.add_product(found.weight_q, found.log);
-          }
-          if constexpr (D == Direction::forward || D == Direction::symmetric) {
-            p_logs.add_product(found.weight_p, found.log);
-          }
-        },
-        sums.q, sums.p, sums.q_logs, sums.p_logs);
-    return sums;
+    DivergenceSums totals{};
+    for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
+      ChunkSums<V> sums;
+      each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) {
+        const Terms<V>& found = find_terms(stretch, i);
+        sums.q.add(found.weight_q);
+        sums.p.add(found.weight_p);
+        if constexpr (D == Direction::reverse || D == Direction::symmetric) {
+          sums.q_logs.add_product(found.weight_q, found.log);
+        }
+        if constexpr (D == Direction::forward || D == Direction::symmetric) {
+          sums.p_logs.add_product(found.weight_p, found.log);
+        }
+      });
+      sums.add_to(totals);
+    }
+    return totals;
   }
 
-  [[gnu::noinline]] void add_logs_to_mixture(DivergenceSums& sums, double log_ratio) {
-    sum_up(
-        [&](const Stretch<V>& stretch, int64_t i, auto& q_logs, auto& p_logs) {
-          Terms<V>& found = terms_of(stretch, i);
-          alignas(64) V log_p[BLOCK];
-          find_logs_to_mixture(inverse_temperature, static_cast<V>(log_ratio), found.log, log_p);
-          q_logs.add_product(found.weight_q, found.log);
-          p_logs.add_product(found.weight_p, log_p);
-        },
-        sums.q_logs, sums.p_logs);
+  [[gnu::noinline]] void add_logs_to_mixture(DivergenceSums& totals, double log_ratio) {
+    for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
+      ChunkSums<V> sums;
+      each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) {
+        Terms<V>& found = terms_of(stretch, i);
+        alignas(64) V log_p[BLOCK];
+        find_logs_to_mixture(inverse_temperature, static_cast<V>(log_ratio), found.log, log_p);
+        sums.q_logs.add_product(found.weight_q, found.log);
+        sums.p_logs.add_product(found.weight_p, log_p);
+      });
+      sums.add_to(totals);
+    }
   }
 
   [[gnu::noinline]] void write_gradient(const DivergenceSums& sums, double log_ratio, double weight, bool add,
@@ -286,7 +290,7 @@ struct Row {
           if (!kept) find_logs_to_mixture(inverse_temperature, static_cast<V>(log_ratio), found.log, log_p);
         }
         write_block(found, factors, smaller(BLOCK, classes - i), add, gradient + i);
-        if (student_raised) zero_raised(stretch.student(i), smaller(BLOCK, classes - i), gradient + i);
+        if (raised) zero_raised(stretch.student(i), smaller(BLOCK, classes - i), gradient + i);
       });
     }
   }
