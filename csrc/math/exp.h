@@ -1,5 +1,5 @@
 // Powers of two and logarithms of arithmetic alone, so that a plain loop over them becomes vector code with the same
-// bits on every instruction set. Right to two units in the last place; NaN stays NaN.
+// bits on every instruction set. Powers are right to two units in the last place, the logarithm to four; NaN stays NaN.
 
 #pragma once
 

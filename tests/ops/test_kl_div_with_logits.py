@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import kl_div, log_softmax
 
 from alignfast.ops import kl_div_with_logits
@@ -13,6 +14,7 @@ DIRECTIONS = ["forward", "reverse", "symmetric", "jsd"]
 REDUCTIONS = ["batchmean", "sum", "none"]
 COMBINES = ["mean", "max", "min"]
 LOWEST = -1e5
+ARGUMENTS = (4.0, "forward", "batchmean", "mean")
 
 
 def expected_losses(student, teacher, temperature, direction):
@@ -76,6 +78,15 @@ def test_value_and_gradient_are_those_of_the_definition(shape, dtype, direction)
     check_against_definition(student, teacher, direction=direction)
 
 
+@pytest.mark.parametrize("classes", [63, 64, 65, 1023, 1024, 1025, 1536, 1537, 3072, 3073])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_around_the_sizes_they_are_cut_into(dtype, direction, classes):
+    student, teacher = cases.normal((2, classes), 31, dtype, 3.0), cases.normal((2, classes), 32, dtype, 3.0)
+    check_against_definition(student, teacher, direction=direction, reduction="sum")
+    check_against_definition(cases.every_other(student), teacher, direction=direction, reduction="none")
+
+
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -83,6 +94,19 @@ def test_witnesses_are_combined_per_sample(dtype, direction, combine):
     student = cases.normal((6, 11), 3, dtype, scale=2.0)
     teacher = cases.normal((3, 6, 11), 4, dtype, scale=2.0)
     check_against_definition(student, teacher, direction=direction, combine=combine, reduction="none")
+
+
+@pytest.mark.parametrize("combine", ["max", "min"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_witnesses_that_tie_share_the_gradient(direction, combine):
+    student = torch.zeros(1, 2, requires_grad=True)
+    # Mirror images of one another, so their losses are equal and their gradients opposite; the third is out of the run.
+    teacher = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]], [[0.0, 0.5]] if combine == "max" else [[0.0, 5.0]]])
+    loss = kl_div_with_logits(student, teacher, direction=direction, combine=combine)
+    alone = kl_div_with_logits(student, teacher[0], direction=direction)
+    assert torch.equal(loss, alone)
+    assert bool((torch.autograd.grad(alone, student)[0].abs() > 0.1).all())
+    assert bool((torch.autograd.grad(loss, student)[0].abs() < 1e-6).all())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -155,6 +179,43 @@ def test_masked_classes_leave_loss_and_gradient_finite(dtype, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("classes", [7, 21841])
+def test_a_logit_below_the_lowest_has_no_gradient(classes, dtype, direction):
+    student, teacher = cases.normal((5, classes), 35, dtype), cases.normal((2, 5, classes), 36, dtype)
+    student[0, 1:] = student[1] = -math.inf
+    student[2] = 0.99 * LOWEST
+    student[2, ::2] = 1.01 * LOWEST
+    teacher[0, 3, 1:] = teacher[1, 4] = -math.inf
+    student.requires_grad_()
+    losses = kl_div_with_logits(student, teacher, 2.0, direction, "none")
+    (gradient,) = torch.autograd.grad(losses.sum(), student)
+    wide = student.detach().double().requires_grad_()
+    wanted = expected_loss(wide.clamp(min=LOWEST), teacher.double().clamp(min=LOWEST), 2.0, direction, "none")
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide)
+    torch.testing.assert_close(losses.detach().double(), wanted.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-4, atol=1e-5)
+    assert torch.equal(gradient[student < LOWEST], torch.zeros_like(gradient[student < LOWEST]))
+    assert bool((student.detach() < LOWEST).any())
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_what_is_no_number_shows(which, bad, direction):
+    logits = {"student": cases.normal((3, 70), 37, torch.float32), "teacher": cases.normal((3, 70), 38, torch.float32)}
+    logits[which][1, 65] = bad
+    losses = kl_div_with_logits(**logits, direction=direction, reduction="none")
+    assert losses.isnan().tolist() == [False, True, False]
+    for combine in COMBINES:
+        witnesses = torch.stack([cases.normal((3, 70), 39, torch.float32), logits["teacher"]])
+        losses = kl_div_with_logits(
+            logits["student"], witnesses, direction=direction, reduction="none", combine=combine
+        )
+        assert losses.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("witnesses", [None, 1, 3])
 def test_gradcheck(witnesses, reduction, direction):
@@ -204,6 +265,25 @@ def test_samples_do_not_see_each_other():
     whole = kl_div_with_logits(student, teacher, reduction="none")
     parts = [kl_div_with_logits(student[i : i + 1], teacher[:, i : i + 1], reduction="none") for i in range(7)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", [(40, 1000), (3, 21841), (1500, 33)])
+def test_the_number_of_threads_does_not_matter(shape, direction):
+    student = cases.normal(shape, 40, torch.float32, scale=4.0).requires_grad_()
+    teacher = cases.normal((2, *shape), 41, torch.float32, scale=4.0)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = kl_div_with_logits(student, teacher, direction=direction, combine="max")
+            results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    finally:
+        torch.set_num_threads(before)
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
 def test_one_class_costs_nothing():
@@ -261,3 +341,129 @@ def test_the_teacher_gets_no_gradient_and_nothing_is_changed():
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         kl_div_with_logits(**{"student": torch.zeros(2, 3), "teacher": torch.zeros(2, 3), **change})
+
+
+def op(*arguments, **changes):
+    return torch.ops.alignfast.kl_div_with_logits(*arguments, **changes)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize(
+    ("direction", "reduction", "combine"), [("forward", "batchmean", "mean"), ("jsd", "none", "max")]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck(dtype, direction, reduction, combine, with_gradient):
+    student = cases.normal((4, 7), 42, dtype).requires_grad_(with_gradient)
+    for teacher in (cases.normal((4, 7), 43, torch.float32), cases.normal((2, 4, 7), 44, torch.float32)):
+        arguments = (student, teacher, 2.0, direction, reduction, combine)
+        torch.library.opcheck(torch.ops.alignfast.kl_div_with_logits.default, (*arguments, with_gradient))
+        loss, gradient = op(*arguments, True)
+        torch.library.opcheck(
+            torch.ops.alignfast.kl_div_with_logits_backward.default, (torch.ones_like(loss), gradient, student.detach())
+        )
+
+
+def test_no_gradient_is_made_where_none_is_needed():
+    student, teacher = cases.normal((4, 7), 45), cases.normal((4, 7), 46)
+    loss, gradient = op(student, teacher, *ARGUMENTS, False)
+    assert gradient.shape == (0,)
+    assert torch.equal(loss, op(student, teacher, *ARGUMENTS, True)[0])
+    student.requires_grad_()
+    with torch.no_grad():
+        assert not kl_div_with_logits(student, teacher).requires_grad
+    loss, _ = op(student, teacher, *ARGUMENTS, False)
+    with pytest.raises(RuntimeError, match="with_gradient: got False"):
+        loss.backward()
+
+
+def test_the_gradient_that_comes_with_the_loss_is_not_differentiable():
+    student, teacher = cases.normal((4, 7), 47).requires_grad_(), cases.normal((4, 7), 48)
+    loss, gradient = op(student, teacher, *ARGUMENTS, True)
+    assert loss.requires_grad
+    assert not gradient.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], gradient)
+
+
+def test_a_second_derivative_is_refused():
+    student, teacher = cases.normal((4, 7), 49).requires_grad_(), cases.normal((4, 7), 50)
+    for loss in (kl_div_with_logits(student, teacher), op(student, teacher, *ARGUMENTS, True)[0]):
+        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_compiles_in_one_graph_forward_and_backward(autocast):
+    layer = torch.nn.Linear(6, 9)
+    images, teacher = cases.normal((5, 6), 51, torch.float32), cases.normal((2, 5, 9), 52, torch.float32)
+
+    def loss_of(images, teacher):
+        return kl_div_with_logits(layer(images), teacher, 3.0, "symmetric", "batchmean", "min")
+
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = function(images, teacher)
+        results.append((loss.detach(), *torch.autograd.grad(loss, layer.parameters())))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(function(images, teacher), loss)
+    # In one graph, the layer's own sums are rounded to bfloat16 less often.
+    near = {"rtol": 1e-2, "atol": 1e-3} if autocast else {"rtol": 1e-5, "atol": 1e-6}
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, **near)
+
+
+OP_MISTAKES = [
+    ({"student": torch.zeros(3)}, r"student: got shape \[3\]; allowed is \[any, any\]"),
+    ({"student": torch.zeros(2, 3, dtype=torch.int64)}, "student: got dtype (torch.)?int64"),
+    ({"teacher": torch.zeros(2, 4)}, r"teacher: got shape \[2, 4\]; allowed is \[2, 3\]"),
+    ({"teacher": torch.zeros(5, 1, 3)}, r"teacher: got shape \[5, 1, 3\]; allowed is \[any, 2, 3\]"),
+    ({"teacher": torch.zeros(0, 2, 3)}, "teacher: got no witness"),
+    ({"teacher": torch.zeros(2, 3, dtype=torch.bool)}, "teacher: got dtype"),
+    ({"temperature": 0.0}, "temperature: got 0"),
+    ({"temperature": math.nan}, "temperature: got -?nan"),
+    ({"temperature": math.inf}, "temperature: got inf"),
+    ({"direction": "foward"}, "direction: got 'foward'.* allowed is one of forward, reverse, symmetric, jsd"),
+    ({"reduction": "mean"}, "reduction: got 'mean'.* allowed is one of batchmean, sum, none"),
+    ({"combine": "median"}, "combine: got 'median'.* allowed is one of mean, max, min"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OP_MISTAKES)
+def test_the_op_and_its_fake_refuse_bad_input(change, message):
+    arguments = {
+        "student": torch.zeros(2, 3),
+        "teacher": torch.zeros(2, 3),
+        "temperature": 4.0,
+        "direction": "forward",
+        "reduction": "none",
+        "combine": "mean",
+        "with_gradient": True,
+        **change,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        op(**arguments)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+        op(
+            **{
+                name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                for name, value in arguments.items()
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.ones(3)}, r"grad: got shape \[3\]; allowed is \[2\]"),
+        ({"grad": torch.ones((), dtype=torch.float64)}, "grad: got dtype (torch.)?float64"),
+        ({"gradient": torch.ones(0)}, r"gradient: got shape \[0\]; allowed is \[2, 3\]"),
+        ({"student": torch.ones(2)}, r"student: got shape \[2\]"),
+    ],
+)
+def test_the_backward_op_and_its_fake_refuse_bad_input(change, message):
+    arguments = {"grad": torch.ones(()), "gradient": torch.ones(2, 3), "student": torch.ones(2, 3), **change}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.alignfast.kl_div_with_logits_backward(**arguments)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+        torch.ops.alignfast.kl_div_with_logits_backward(**{k: mode.from_tensor(v) for k, v in arguments.items()})
