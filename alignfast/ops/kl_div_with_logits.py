@@ -47,11 +47,12 @@ def kl_div_with_logits(
     arguments = (student, teacher.detach(), temperature, direction, reduction, combine)
     _check(*arguments)
     if student.device.type in NATIVE_DEVICES:
+        with_gradient = student.requires_grad and torch.is_grad_enabled()
         loss: Tensor
-        if student.requires_grad and torch.is_grad_enabled():
-            loss = _Divergence.apply(*arguments, True)
+        if with_gradient and not torch.compiler.is_compiling():
+            loss = _Divergence.apply(*arguments, with_gradient)
         else:
-            loss, _ = torch.ops.alignfast.kl_div_with_logits(*arguments, False)
+            loss, _ = torch.ops.alignfast.kl_div_with_logits(*arguments, with_gradient)
         return loss
     return reference.kl_div_with_logits(*arguments)
 
@@ -101,31 +102,38 @@ def _backward_fake(grad: Tensor, gradient: Tensor, student: Tensor) -> Tensor:
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.with_gradient = inputs[-1]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], inputs[0])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.with_gradient:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradient, student = ctx.saved_tensors
+    if gradient.ndim != student.ndim:
         raise RuntimeError("with_gradient: got False for a loss that is differentiated; allowed is True")
-    return torch.ops.alignfast.kl_div_with_logits_backward(grad, *ctx.saved_tensors), *[None] * 6
+    return torch.ops.alignfast.kl_div_with_logits_backward(grad, gradient, student), *[None] * 6
 
 
 class _Divergence(torch.autograd.Function):
-    """What register_autograd makes of the op, at less than half the cost of a call."""
+    """What register_autograd makes of the op, at less than half the cost of a call, which small batches feel.
+
+    Both ops are called below autograd, as register_autograd does, since their own autograd is in Python.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         loss: Tensor
-        loss, gradient = torch.ops.alignfast.kl_div_with_logits(*arguments)
-        ctx.with_gradient = True
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, gradient = torch.ops.alignfast.kl_div_with_logits(*arguments)
         ctx.save_for_backward(gradient, arguments[0])
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad, None)
+        # Under create_graph the op's own autograd is wanted, for what it says about second derivatives.
+        if torch.is_grad_enabled():
+            return _backward(ctx, grad)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, grad)
 
 
 def _refuse_second_derivative(*_: Any) -> None:
