@@ -86,19 +86,8 @@ struct BlockFold {
 template <class V>
 struct BlockSum : BlockFold<V, decltype(plus)> {
   BlockSum() : BlockFold<V, decltype(plus)>(0, plus) {}
-};
 
-// DivergenceSums of a chunk.
-template <class V>
-struct ChunkSums {
-  BlockSum<V> q, p, q_logs, p_logs;
-
-  void add_to(DivergenceSums& totals) const {
-    totals.q += static_cast<double>(q.result());
-    totals.p += static_cast<double>(p.result());
-    totals.q_logs += static_cast<double>(q_logs.result());
-    totals.p_logs += static_cast<double>(p_logs.result());
-  }
+  double total() const { return static_cast<double>(this->result()); }
 };
 
 // A row of logits as values of V: where it lies, or widened and filled up in a buffer.
@@ -246,36 +235,38 @@ struct Row {
   }
 
   [[gnu::noinline]] DivergenceSums first_sums() {
+    constexpr bool WITH_Q_LOGS = D == Direction::reverse || D == Direction::symmetric;
+    constexpr bool WITH_P_LOGS = D == Direction::forward || D == Direction::symmetric;
     DivergenceSums totals{};
     for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
-      ChunkSums<V> sums;
+      BlockSum<V> q, p, q_logs, p_logs;
       each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) {
         const Terms<V>& found = find_terms(stretch, i);
-        sums.q.add(found.weight_q);
-        sums.p.add(found.weight_p);
-        if constexpr (D == Direction::reverse || D == Direction::symmetric) {
-          sums.q_logs.add_product(found.weight_q, found.log);
-        }
-        if constexpr (D == Direction::forward || D == Direction::symmetric) {
-          sums.p_logs.add_product(found.weight_p, found.log);
-        }
+        q.add(found.weight_q);
+        p.add(found.weight_p);
+        if constexpr (WITH_Q_LOGS) q_logs.add_product(found.weight_q, found.log);
+        if constexpr (WITH_P_LOGS) p_logs.add_product(found.weight_p, found.log);
       });
-      sums.add_to(totals);
+      totals.q += q.total();
+      totals.p += p.total();
+      if constexpr (WITH_Q_LOGS) totals.q_logs += q_logs.total();
+      if constexpr (WITH_P_LOGS) totals.p_logs += p_logs.total();
     }
     return totals;
   }
 
   [[gnu::noinline]] void add_logs_to_mixture(DivergenceSums& totals, double log_ratio) {
     for (int64_t chunk = 0; chunk < classes; chunk += CHUNK) {
-      ChunkSums<V> sums;
+      BlockSum<V> q_logs, p_logs;
       each_block(chunk, [&](const Stretch<V>& stretch, int64_t i) {
         Terms<V>& found = terms_of(stretch, i);
         alignas(64) V log_p[BLOCK];
         find_logs_to_mixture(inverse_temperature, static_cast<V>(log_ratio), found.log, log_p);
-        sums.q_logs.add_product(found.weight_q, found.log);
-        sums.p_logs.add_product(found.weight_p, log_p);
+        q_logs.add_product(found.weight_q, found.log);
+        p_logs.add_product(found.weight_p, log_p);
       });
-      sums.add_to(totals);
+      totals.q_logs += q_logs.total();
+      totals.p_logs += p_logs.total();
     }
   }
 
