@@ -211,10 +211,12 @@ Tensor kl_div_with_logits_backward(Tensor grad, Tensor gradient, Tensor student)
   const int64_t from_bytes = classes * static_cast<int64_t>(gradient.element_size());
   const int64_t to_bytes = classes * static_cast<int64_t>(result.element_size());
   torch::stable::parallel_for(0, student.size(0), grain_of(classes), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
+    // Rows that share a factor are one long row.
+    const int64_t rows = stride == 0 ? end - begin : 1;
+    for (int64_t n = begin; n < end; n += rows) {
       const double factor = float64 ? grad.const_data_ptr<double>()[n * stride]
                                     : static_cast<double>(grad.const_data_ptr<float>()[n * stride]);
-      kernel(from + n * from_bytes, float64, factor, dtype, classes, to + n * to_bytes);
+      kernel(from + n * from_bytes, float64, factor, dtype, rows * classes, to + n * to_bytes);
     }
   });
   return result;
