@@ -29,7 +29,7 @@ def kl_div_with_logits(
     With p the teacher's and q the student's distribution: "forward" is KL(p || q), the paper's loss; "reverse" is
     KL(q || p); "symmetric" is their mean; "jsd" is (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Gradient flows
     to the student only. Logits below -1e5, -inf (masked classes) included, count as -1e5, so loss and gradient stay
-    finite. The gradient is found along with the loss; where kernels do that, it has no gradient of its own.
+    finite. On devices with a kernel the gradient is found along with the loss and cannot be differentiated again.
 
     Args:
         student: [B, C] logits, any floating dtype; computed in float32, or in float64 if given so.
