@@ -31,7 +31,7 @@ Value chosen(const char* name, const std::string& given, const std::array<Choice
     if (given == choice.name) return choice.value;
     allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
   }
-  STD_TORCH_CHECK(false, name, ": got '", given, "'; allowed is one of ", allowed);
+  AF_CHECK(false, name, ": got '", given, "'; allowed is one of ", allowed);
 }
 
 enum class Reduction { batchmean, sum, none };
@@ -133,12 +133,12 @@ void check_inputs(const Tensor& student, const Tensor& teacher, double temperatu
   check_shape("student", student, {-1, -1});
   if (teacher.dim() == 3) {
     check_shape("teacher", teacher, {-1, student.size(0), student.size(1)});
-    STD_TORCH_CHECK(teacher.size(0) > 0, "teacher: got no witness; allowed is at least one");
+    AF_CHECK(teacher.size(0) > 0, "teacher: got no witness; allowed is at least one");
   } else {
     check_shape("teacher", teacher, {student.size(0), student.size(1)});
   }
-  STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: got ", temperature,
-                  "; allowed is a number greater than 0");
+  AF_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: got ", temperature,
+           "; allowed is a number greater than 0");
 }
 
 std::tuple<Tensor, Tensor> kl_div_with_logits(Tensor student, Tensor teacher, double temperature, std::string direction,
@@ -194,11 +194,10 @@ Tensor kl_div_with_logits_backward(Tensor grad, Tensor gradient, Tensor student)
   check_shape("student", student, {-1, -1});
   check_shape("gradient", gradient, {student.size(0), student.size(1)});
   const ScalarType type = gradient.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "gradient: got dtype ", dtype_text(type),
-                  "; allowed is float64 or float32");
+  AF_CHECK(type == ScalarType::Double || type == ScalarType::Float, "gradient: got dtype ", dtype_text(type),
+           "; allowed is float64 or float32");
   check_dtype("grad", grad, type);
-  STD_TORCH_CHECK(gradient.is_contiguous(),
-                  "gradient: got a tensor that is not contiguous; allowed is a contiguous one");
+  AF_CHECK(gradient.is_contiguous(), "gradient: got a tensor that is not contiguous; allowed is a contiguous one");
   if (grad.dim() != 0) check_shape("grad", grad, {student.size(0)});
 
   const Tensor result = torch::stable::empty({student.size(0), student.size(1)}, student.scalar_type());

@@ -2,25 +2,11 @@
 
 #include "cpu/kl_div_with_logits.h"
 #include "cpu/lanes.h"
+#include "cpu/with_type.h"
 
 namespace alignfast::AF_ISA {
 
 namespace {
-
-template <class Visit>
-auto with_type(Dtype dtype, Visit visit) {
-  switch (dtype) {
-    case Dtype::float64:
-      return visit(double());
-    case Dtype::float32:
-      return visit(float());
-    case Dtype::bfloat16:
-      return visit(BFloat16());
-    case Dtype::float16:
-      break;
-  }
-  return visit(Half());
-}
 
 template <class Visit>
 auto with_direction(Direction direction, Visit visit) {

@@ -6,8 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "cpu/diversify.h"
+#include "cpu/kl_div_with_logits.h"
 #include "cpu/philox_uniform.h"
 #include "cpu/sign_step.h"
+#include "cpu/smooth.h"
 
 namespace {
 
@@ -120,6 +123,98 @@ void run_sign_step(Dtype dtype, const Shape& shape, bool moving) {
   hash.print(std::string("sign_step ") + name_of(dtype) + " " + shape.name + (moving ? " momentum" : ""));
 }
 
+void run_kl_div_with_logits(Dtype dtype, int64_t classes, int64_t stride) {
+  Buffer student(dtype, classes * stride, -9, 9, 1), teacher(dtype, classes * stride, -9, 9, 2);
+  const bool float64 = dtype == Dtype::float64;
+  for (const Direction direction : {Direction::forward, Direction::reverse, Direction::symmetric, Direction::jsd}) {
+    const KlSample sample{
+        {dtype, student.data(), stride}, {dtype, teacher.data(), stride}, classes, 2.5, direction, float64};
+    Buffer gradient(float64 ? Dtype::float64 : Dtype::float32, classes, -1, 1, 3), result(dtype, classes, -1, 1, 4);
+    Hash hash;
+    hash.add(AF_ISA::kl_div_with_logits(sample, 0, false, nullptr));
+    hash.add(AF_ISA::kl_div_with_logits(sample, 0.5, false, gradient.data()));
+    hash.add(AF_ISA::kl_div_with_logits(sample, 0.25, true, gradient.data()));
+    AF_ISA::kl_div_with_logits_backward(gradient.data(), float64, 0.7, dtype, classes, result.data());
+    gradient.add_to(hash);
+    result.add_to(hash);
+    hash.print(std::string("kl_div_with_logits ") + name_of(dtype) + " " + std::to_string(classes) + " " +
+               std::to_string(stride) + " " + std::to_string(static_cast<int>(direction)));
+  }
+}
+
+// Planes of `height` rows, `step` values to a pixel, held `stride` apart.
+void run_smooth(Dtype dtype, int64_t height, int64_t width, int64_t step, int64_t stride) {
+  constexpr double KERNEL[] = {0.05, -0.1, 0.3, 0.4, 0.15, 0.07, 0.02};
+  const int64_t length = width * step;
+  Buffer in(dtype, height * length * stride, -1, 1, 1), out(dtype, height * length, -1, 1, 2);
+  const SmoothPlane plane{dtype, in.data(), out.data(), height, length, step, length * stride, stride, KERNEL, 3};
+  AF_ISA::smooth_rows(plane, 0, height);
+  Hash hash;
+  out.add_to(hash);
+  hash.print(std::string("smooth ") + name_of(dtype) + " " + std::to_string(length) + " " + std::to_string(step) + " " +
+             std::to_string(stride));
+}
+
+constexpr double MEAN[] = {0.485, 0.456, 0.406, 0.5, 0.45}, STD[] = {0.229, 0.224, 0.225, 0.25, 0.2};
+// As it is, shrunk, shrunk to a point, enlarged, and shrunk in enlarged zeros.
+constexpr ResizePadPlace PLACES[] = {{0, 0, 0, 0}, {17, 1, 2, 21}, {1, 20, 0, 21}, {22, 1, 0, 24}, {9, 11, 3, 30}};
+
+template <class Data>
+Planes<Data> planes_of(Dtype dtype, Data* data, int64_t channels, int64_t side, bool interleaved) {
+  return interleaved ? Planes<Data>{dtype, data, 1, side * channels, channels}
+                     : Planes<Data>{dtype, data, side * side, side, 1};
+}
+
+void run_diversify(Dtype dtype, Dtype other, int64_t channels, bool interleaved, const ResizePadPlace& place) {
+  constexpr int64_t SIDE = 21, COPIES = 2;
+  const int64_t elements = channels * SIDE * SIDE;
+  const std::string name = std::string(name_of(dtype)) + " " + name_of(other) + " " + std::to_string(channels) +
+                           (interleaved ? " interleaved " : " ") + std::to_string(place.resized);
+  Buffer image(dtype, elements, 0, 1, 1), pool(dtype, elements, 0, 1, 2), batch(other, elements, 0, 1, 3);
+  for (const bool changed : {false, true}) {
+    DiversifyCopy copy{};
+    copy.size = {channels, SIDE, SIDE};
+    copy.resizes = place.resized != 0;
+    copy.streams = changed;
+    copy.image = planes_of<const void>(dtype, image.data(), channels, SIDE, false);
+    if (changed) copy.pool = planes_of<const void>(dtype, pool.data(), channels, SIDE, interleaved);
+    copy.weight = 0.2;
+    copy.scale = changed ? 0.7 : 1;
+    copy.noisy = changed;
+    copy.noise = philox_stream(5, 3, 1, 2, 4);
+    copy.noise_low = -0.1f;
+    copy.noise_width = 0.2f;
+    copy.place = place;
+    copy.mean = MEAN;
+    copy.std = STD;
+    copy.out = planes_of<void>(other, batch.data(), channels, SIDE, interleaved);
+    AF_ISA::diversify_rows(copy, 0, SIDE);
+    Hash hash;
+    batch.add_to(hash);
+    hash.print("diversify " + name + (changed ? " changed" : ""));
+  }
+
+  Buffer grad(other, COPIES * elements, -1, 1, 4), sum(dtype, elements, 0, 1, 5);
+  const double scale[] = {0.7, 1.5};
+  const ResizePadPlace places[] = {place, PLACES[1]};
+  DiversifyAdjoint adjoint{};
+  adjoint.size = {channels, SIDE, SIDE};
+  adjoint.resizes = true;
+  adjoint.streams = interleaved;
+  adjoint.copies = COPIES;
+  adjoint.grad = planes_of<const void>(other, grad.data(), channels, SIDE, interleaved);
+  adjoint.grad_stride = elements;
+  adjoint.scale = scale;
+  adjoint.place = places;
+  adjoint.stride = 1;
+  adjoint.std = STD;
+  adjoint.out = planes_of<void>(dtype, sum.data(), channels, SIDE, false);
+  AF_ISA::diversify_adjoint_rows(adjoint, 0, SIDE);
+  Hash hash;
+  sum.add_to(hash);
+  hash.print("diversify_adjoint " + name);
+}
+
 void run_philox_uniform() {
   const PhiloxStream stream = philox_stream(0xa4093822299f31d0u, 0xfffffffeu, 7, 65537, 3);
   for (const int64_t count : {1, 3, 128, 1001}) {
@@ -139,6 +234,20 @@ int main() {
   for (const Dtype dtype : DTYPES) {
     for (const Shape& shape : SHAPES) {
       for (const bool moving : {false, true}) run_sign_step(dtype, shape, moving);
+    }
+    for (const int64_t classes : {1, 10, 1000, 21841}) {
+      for (const int64_t stride : {1, 2}) run_kl_div_with_logits(dtype, classes, stride);
+    }
+    for (const int64_t width : {1, 5, 31, 100}) {
+      for (const int64_t step : {1, 3}) run_smooth(dtype, 9, width, step, 1);
+      run_smooth(dtype, 9, width, 1, 2);
+    }
+    for (const Dtype other : DTYPES) {
+      for (const int64_t channels : {1, 3, 5}) {
+        for (const ResizePadPlace& place : PLACES) {
+          for (const bool interleaved : {false, true}) run_diversify(dtype, other, channels, interleaved, place);
+        }
+      }
     }
   }
   run_philox_uniform();
