@@ -104,12 +104,15 @@ Planes<void> written_planes_of(const Tensor& batch, int64_t row) {
   return {planes.dtype, const_cast<void*>(planes.data), planes.stride_c, planes.stride_h, planes.stride_w};
 }
 
+// Rows that are worth a thread's tables of taps.
+constexpr int64_t MIN_BAND = 8;
+
 // Calls visit(item, begin, end) for rows begin .. end of every item, cutting few items up for the threads there are.
 template <class Visit>
 void each_rows(int64_t items, int64_t height, int64_t row_elements, const Visit& visit) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t wanted = items >= 4 * threads ? 1 : (4 * threads + items - 1) / items;
-  const int64_t band = std::max<int64_t>((height + wanted - 1) / wanted, std::min<int64_t>(height, DIVERSIFY_BAND));
+  const int64_t band = std::max<int64_t>((height + wanted - 1) / wanted, std::min<int64_t>(height, MIN_BAND));
   const int64_t bands = (height + band - 1) / band;
   torch::stable::parallel_for(0, items * bands, grain_of(band * row_elements), [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {

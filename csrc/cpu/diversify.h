@@ -62,7 +62,7 @@ struct DiversifyAdjoint {
 };
 
 // Rows of an image's gradient that are summed over copies at a time, where it is not summed in place.
-constexpr int64_t DIVERSIFY_BAND = 8;
+constexpr int64_t DIVERSIFY_BAND = 4;
 
 AF_DECLARE_KERNEL(void, diversify_adjoint_rows, const DiversifyAdjoint& adjoint, int64_t begin, int64_t end)
 

@@ -222,7 +222,11 @@ void resize_rows(const TapTable<V>& table, int64_t y, const Factors<V>& factors,
   int64_t count = 0;
   while (count < table.taps && weight[count] != 0) ++count;
   const V* rows[MAX_TAPS];
-  for (int64_t i = 0; i < count && i < MAX_TAPS; ++i) rows[i] = cache.row(index[i], index, count, make);
+  // All of them before the first is used, since `out` may be memory that making a row needs.
+  for (int64_t i = count - 1; i >= 0; --i) {
+    const V* row = cache.row(index[i], index, count, make);
+    if (i < MAX_TAPS) rows[i] = row;
+  }
   switch (count) {
     case 0:
       return fill<V>(out, length, 0);
@@ -298,8 +302,11 @@ void resize_columns_by_tap(const TapTable<V>& table, int64_t width, const V* __r
 template <class V, int L>
 class Columns {
  public:
-  Columns(const TapTable<V>& taps, int64_t width)
-      : taps_(taps), width_(width), band_(taps, L == PIXEL && taps.taps > 2 ? width : 0) {}
+  // Keeps the taps only where the band does not serve.
+  Columns(TapTable<V>&& taps, int64_t width)
+      : width_(width),
+        band_(taps, L == PIXEL && taps.taps > 2 ? width : 0),
+        taps_(band_.fits ? TapTable<V>(0, 0) : static_cast<TapTable<V>&&>(taps)) {}
 
   void resize(const V* row, V* out) const {
     if (taps_.taps == 2) return resize_columns_by_tap<2, L>(taps_, width_, row, out);
@@ -310,9 +317,9 @@ class Columns {
   }
 
  private:
-  const TapTable<V>& taps_;
   int64_t width_;
   ColumnBand<V> band_;
+  TapTable<V> taps_;
 };
 
 // (x - mean) / std with the numbers of the channels that a row holds, repeated over whole blocks of lanes.
@@ -487,14 +494,14 @@ class Forward {
     const ResizePadPlace& place = copy_.place;
     const Resizing down{copy_.size.height, place.resized, place.top, place.padded};
     const Resizing along{copy_.size.width, place.resized, place.left, place.padded};
-    const TapTable<V> rows = taps_of<V, Towards::result>(down), columns = taps_of<V, Towards::result>(along);
-    const Columns<V, L> resizing(columns, along.size);
+    const Columns<V, L> columns(taps_of<V, Towards::result>(along), along.size);
+    const TapTable<V> rows = taps_of<V, Towards::result>(down);
     const Factors<V> factors = normalisation_.taken_out(static_cast<V>(copy_.scale));
     RowCache<V> cache(rows.taps, in_blocks(length_));
-    const Buffer<V> row(in_blocks(length_));
+    const auto make = [this](int64_t index, V* made) { make_row(index, made); };
     for (int64_t y = begin; y < end; ++y) {
-      resize_rows<V>(rows, y, factors, cache, length_, [this](int64_t index, V* made) { make_row(index, made); }, row);
-      resizing.resize(row, result_);
+      resize_rows<V>(rows, y, factors, cache, length_, make, planar_);
+      columns.resize(planar_, result_);
       write(y);
     }
   }
@@ -577,9 +584,9 @@ class Adjoint {
         first_(first),
         channels_(smaller<int64_t>(L, adjoint.size.channels - first)),
         width_(adjoint.size.width),
-        planar_(width_ * L),
+        planar_(in_blocks(width_ * L)),
         result_(width_ * L) {
-    fill<V>(planar_, width_ * L, 0);
+    fill<V>(planar_, in_blocks(width_ * L), 0);
     fill<V>(result_, width_ * L, 0);
   }
 
@@ -638,16 +645,15 @@ class Adjoint {
   void resized_rows(int64_t copy, const ResizePadPlace& place, int64_t begin, int64_t end, Add add) {
     const Resizing down{adjoint_.size.height, place.resized, place.top, place.padded};
     const Resizing along{width_, place.resized, place.left, place.padded};
-    const TapTable<V> rows = taps_of<V, Towards::image>(down), columns = taps_of<V, Towards::image>(along);
-    const Columns<V, L> resizing(columns, width_);
+    const Columns<V, L> columns(taps_of<V, Towards::image>(along), width_);
+    const TapTable<V> rows = taps_of<V, Towards::image>(down);
     Factors<V> factors;
     for (int i = 0; i < LANES; ++i) factors.of[i] = scale_of(copy) / std_of(i % L);
     RowCache<V> cache(rows.taps, in_blocks(width_ * L));
-    const Buffer<V> row(in_blocks(width_ * L));
     const auto make = [&](int64_t index, V* made) { make_row(copy, index, made); };
     for (int64_t y = begin; y < end; ++y) {
-      resize_rows<V>(rows, y, factors, cache, width_ * L, make, row);
-      resizing.resize(row, result_);
+      resize_rows<V>(rows, y, factors, cache, width_ * L, make, planar_);
+      columns.resize(planar_, result_);
       add(y);
     }
   }

@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate, pad
 
 from alignfast.ops import Mixing, Noise, ResizePad, diversify, philox_uniform
 from tests import cases
+from tests.ops import checks
 
 PARTS = ["noise", "mixing", "scale", "shrink", "enlarge", "normalise"]
 
@@ -294,3 +295,185 @@ PAD = ResizePad(GRID + 6, GRID, GRID, 8)
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         diversify(**{"images": torch.zeros(3, 3, 8, 8), "copies": 2, **change})
+
+
+def test_tensors_other_than_the_images_are_constants():
+    for name, change in {
+        "mixing.weight": {"mixing": replace(MIXING, weight=torch.zeros(2, 3, requires_grad=True))},
+        "scale": {"scale": torch.ones(2, 3, requires_grad=True)},
+        "mean": {"mean": torch.zeros(3, requires_grad=True), "std": torch.ones(3)},
+        "std": {"mean": torch.zeros(3), "std": torch.ones(3, requires_grad=True)},
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}: requires grad; allowed is a constant"):
+            diversify(torch.zeros(3, 3, 8, 8), copies=2, **change)
+        with torch.no_grad():
+            diversify(torch.zeros(3, 3, 8, 8), copies=2, **change)
+
+
+NOTHING = (0.0, (), None, None, None, None, None, None, None, None, None, 0, None, None)
+
+
+def raw(images, copies, options, dtype=None, channels_last=False):
+    """The op's own arguments, and those of its adjoint for a gradient of its result."""
+    noise, mixing, pads = (options.get(name) for name in ("noise", "mixing", "resize_pad"))
+    resize = (pads.resized, pads.top, pads.left, pads.padded) if pads else (None, None, None, 0)
+    key = (noise.seed & 0xFFFFFFFF, noise.seed >> 32, noise.step, noise.purpose) if noise else ()
+    noises = (noise.radius, key, noise.images, noise.copies) if noise else (0.0, (), None, None)
+    mixed = (mixing.pool, mixing.partner, mixing.weight) if mixing else (None, None, None)
+    scale, mean, std = (options.get(name) for name in ("scale", "mean", "std"))
+    forward = (images, copies, *noises, *mixed, scale, *resize, mean, std, dtype or images.dtype, channels_last)
+    return forward, (copies, scale, *resize, std, images.dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometric", ["shrink", "enlarge", "nothing"])
+def test_the_operators(geometric, dtype, channels_last):
+    images = cases.random((2, 3, 7, 7), 17).float().requires_grad_()
+    options = options_for(["noise", "mixing", "scale", geometric, "normalise"], images, 2, 18)
+    forward, adjoint = raw(images, 2, options, dtype, channels_last)
+    checks.operator("diversify", *forward)
+    grad = cases.normal((4, 3, 7, 7), 19, dtype)
+    checks.operator("diversify_backward", cases.channels_last(grad).requires_grad_(), *adjoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(3, 8, 8)}, "images: got shape"),
+        ({0: torch.zeros(3, 3, 8, 8, dtype=torch.int64)}, "images: got dtype int64"),
+        ({1: 0}, "copies: got 0; allowed is a whole number, at least 1"),
+        ({2: -0.1, 3: (0, 0, 0, 0), 4: torch.arange(3), 5: torch.arange(2)}, "noise.radius: got -0.1"),
+        ({3: (0, 0, 0, 256), 4: torch.arange(3), 5: torch.arange(2)}, "noise.purpose: got 256; allowed is 0 to 255"),
+        ({3: (0, 0, 0, 0), 4: torch.arange(2), 5: torch.arange(2)}, r"noise.images: got shape \[2\]"),
+        ({6: torch.zeros(4, 3, 8, 7), 7: GRID, 8: torch.zeros(2, 3)}, "mixing.pool: got shape"),
+        ({6: torch.zeros(4, 3, 8, 8), 7: GRID.t(), 8: torch.zeros(2, 3)}, "mixing.partner: got shape"),
+        ({9: torch.ones(3, 2)}, r"scale: got shape \[3, 2\]; allowed is \[2, 3\]"),
+        ({10: GRID, 11: GRID, 12: GRID, 13: 7}, "resize_pad.padded: got 7; allowed is a whole number, at least 8"),
+        ({10: GRID.t(), 11: GRID, 12: GRID, 13: 8}, "resize_pad.resized: got shape"),
+        ({14: torch.zeros(4)}, r"mean: got shape \[4\]; allowed is \[3\]"),
+        ({15: torch.zeros(4)}, r"std: got shape \[4\]; allowed is \[3\]"),
+        ({16: torch.int64}, "dtype: got dtype int64"),
+    ],
+)
+def test_the_operator_and_its_fake_refuse(change, message):
+    arguments = [torch.zeros(3, 3, 8, 8), 2, *NOTHING, torch.float32, False]
+    for place, value in change.items():
+        arguments[place] = value
+    checks.refusal("diversify", tuple(arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(6, 3, 8)}, "grad: got shape"),
+        ({1: 4}, "copies: got 4 for a gradient of 6 images; allowed is a divisor"),
+        ({2: torch.ones(3, 2)}, r"scale: got shape \[3, 2\]; allowed is \[2, 3\]"),
+        ({7: torch.zeros(4)}, r"std: got shape \[4\]; allowed is \[3\]"),
+    ],
+)
+def test_the_adjoint_and_its_fake_refuse(change, message):
+    arguments = [torch.zeros(6, 3, 8, 8), 2, None, None, None, None, 0, None, torch.float32]
+    for place, value in change.items():
+        arguments[place] = value
+    checks.refusal("diversify_backward", tuple(arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resize_pad": replace(PAD, resized=GRID + 9)}, "resize_pad.resized: got 9; allowed is 0 to 8"),
+        ({"resize_pad": replace(PAD, resized=GRID - 1)}, "resize_pad.resized: got -1; allowed is 0 to 8"),
+        ({"resize_pad": replace(PAD, top=GRID + 3)}, "resize_pad.top: got 3 for a side of 6 in 8; allowed is 0 to 2"),
+        ({"resize_pad": replace(PAD, left=GRID - 1)}, "resize_pad.left: got -1 for a side of 6 in 8"),
+        ({"mixing": replace(MIXING, partner=GRID + 4)}, "mixing.partner: got 4; allowed is 0 to 3"),
+        ({"noise": replace(NOISE, images=torch.arange(3) - 1)}, "noise.images: got -1; allowed is 0 to 4294967295"),
+        ({"noise": replace(NOISE, copies=torch.arange(2) + 2**24)}, "noise.copies: got 16777216"),
+    ],
+)
+def test_values_in_tensors_are_checked_on_the_cpu(change, message):
+    with pytest.raises(RuntimeError, match=f"^{message}"):
+        diversify(torch.zeros(3, 3, 8, 8), copies=2, **change)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("geometric", ["shrink", "enlarge", "nothing"])
+@pytest.mark.parametrize("given", [cases.contiguous, cases.channels_last])
+@pytest.mark.parametrize("wanted", [torch.contiguous_format, torch.channels_last])
+def test_any_number_of_channels(channels, geometric, given, wanted):
+    images = given(cases.random((2, channels, 11, 11), 20, torch.float32)).requires_grad_()
+    options = options_for(["mixing", "scale", geometric, "normalise"], images, 2, 21)
+    batch = diversify(images, **options, memory_format=wanted)
+    wide = images.detach().double().requires_grad_()
+    right = expected(wide, **options)
+    cases.assert_near(batch.detach(), right.detach(), ulps=64, scale=15.0)
+    weight = cases.normal(batch.shape, 22, torch.float32).contiguous(memory_format=wanted)
+    (gradient,) = torch.autograd.grad(batch, images, weight)
+    (right_gradient,) = torch.autograd.grad(right, wide, weight.double())
+    cases.assert_near(gradient, right_gradient, ulps=64, scale=float(right_gradient.abs().max()))
+
+
+@pytest.mark.parametrize("resized", [1, 2, 7, 60, 224, 245, 246])
+@pytest.mark.parametrize("padded", [224, 246, 700])
+def test_geometry_of_common_size(resized, padded):
+    """Every pair of interpolation and padding, also those far from what attacks draw."""
+    images = cases.random((1, 3, 224, 224), 23, torch.float32).requires_grad_()
+    at = torch.full((1, 1), min(resized, padded))
+    pads = ResizePad(at, (padded - at) // 2, (padded - at) // 3, padded)
+    batch = diversify(images, resize_pad=pads)
+    wide = images.detach().double().requires_grad_()
+    right = expected(wide, resize_pad=pads)
+    cases.assert_near(batch.detach(), right.detach(), ulps=16, scale=1.0)
+    weight = cases.normal(batch.shape, 24, torch.float32)
+    (gradient,) = torch.autograd.grad(batch, images, weight)
+    (right_gradient,) = torch.autograd.grad(right, wide, weight.double())
+    cases.assert_near(gradient, right_gradient, ulps=64, scale=float(right_gradient.abs().max()))
+
+
+def test_batches_larger_than_the_caches():
+    """Rows are asked for ahead then; images at both ends of the batch are those of a small one."""
+    images = cases.random((40, 3, 224, 224), 25, torch.float32)
+    options = options_for(["scale", "enlarge", "normalise"], images, 1, 26)
+    pads, weight = options["resize_pad"], cases.normal(images.shape, 27, torch.float32)
+    for rows in (slice(0, 2), slice(38, 40)):
+        few = options | {
+            "scale": options["scale"][:, rows],
+            "resize_pad": ResizePad(*(part[:, rows] for part in (pads.resized, pads.top, pads.left)), pads.padded),
+        }
+        results = []
+        for whole, chosen, part in ((images, options, rows), (images[rows], few, slice(None))):
+            leaf = whole.clone().requires_grad_()
+            batch = diversify(leaf, **chosen)
+            (gradient,) = torch.autograd.grad(batch, leaf, weight if whole is images else weight[rows])
+            results.append((batch[part].detach(), gradient[part]))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_threads_change_nothing():
+    images = cases.random((3, 3, 33, 33), 28, torch.float32).requires_grad_()
+    options = options_for(["noise", "mixing", "scale", "enlarge", "normalise"], images, 3, 29)
+
+    def compute():
+        batch = diversify(images, **options)
+        return batch, *torch.autograd.grad(batch.sin().sum(), images)
+
+    checks.same_on_any_thread_count(compute)
+
+
+@pytest.mark.parametrize("geometric", ["shrink", "enlarge", "nothing"])
+def test_it_compiles_whole(geometric):
+    images = cases.random((2, 3, 8, 8), 30, torch.float32).requires_grad_()
+    options = options_for(["noise", "mixing", "scale", geometric, "normalise"], images, 2, 31)
+    checks.compiles_whole(
+        lambda images: diversify(
+            images * 2, **options, dtype=torch.bfloat16, memory_format=torch.channels_last
+        ).float().sin(),
+        images,
+    )
+
+
+def test_gradgradcheck():
+    images = cases.random((2, 2, 4, 4), 32).requires_grad_()
+    options = options_for(["mixing", "scale", "shrink", "normalise"], images, 2, 33)
+    assert torch.autograd.gradgradcheck(lambda x: diversify(x, **options) ** 2, images)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from alignfast.ops import philox_uniform
 from alignfast.reference.philox_uniform import philox4x32
 from tests import cases
+from tests.ops import checks
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, words.
 KNOWN_ANSWERS = [
@@ -187,3 +188,44 @@ def test_the_least_and_the_greatest_draw():
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         philox_uniform(**{"images": index(0, 1), "copies": index(0), "shape": (3,), "seed": 0, **change})
+
+
+def test_the_operator():
+    checks.operator("philox_uniform", index(1, 2, 3), index(0, 4), (3, 5), 7, 8, 2, 9, -0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(2, 1, dtype=torch.int64), "images: got shape"),
+        (1, torch.zeros(2), "copies: got dtype float32; allowed is int64"),
+        (2, (3, -1), "shape: got -1"),
+        (3, 2**32, "seed_low: got 4294967296; allowed is"),
+        (5, -1, "step: got -1; allowed is"),
+        (6, 256, "purpose: got 256; allowed is"),
+        (7, 1.0, "low, high: got 1, 0.5; allowed is"),
+    ],
+)
+def test_the_operator_and_its_fake_refuse(place, value, message):
+    given = [index(1, 2, 3), index(0, 4), (3, 5), 7, 8, 2, 9, -0.5, 0.5]
+    given[place] = value
+    checks.refusal("philox_uniform", tuple(given), message)
+
+
+@pytest.mark.parametrize(
+    ("images", "copies"), [(index(-1), index(0)), (index(2**32), index(0)), (index(0), index(2**24))]
+)
+def test_indices_are_checked_on_the_cpu(images, copies):
+    with pytest.raises(RuntimeError, match=r"^(images|copies): got -?\d+; allowed is 0 to \d+"):
+        philox_uniform(images, copies, (4,), seed=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 131), (65537,)])
+def test_threads_change_nothing(shape):
+    checks.same_on_any_thread_count(lambda: [philox_uniform(index(5, 6, 7), index(0, 1), shape, seed=3)])
+
+
+def test_it_compiles_whole():
+    images, copies = index(5, 6, 7), index(0)
+    factor = cases.random((1, 3, 4), 1, torch.float32).requires_grad_()
+    checks.compiles_whole(lambda factor: factor * philox_uniform(images, copies, (4,), seed=3), factor)

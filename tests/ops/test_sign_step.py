@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from alignfast.ops import sign_step
 from tests import cases
+from tests.ops import checks
 
 NUMBERS = {"alpha": 0.1, "eps": 0.16, "decay": 0.9}
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -253,3 +254,70 @@ def test_bad_input_is_refused_and_nothing_changed(change, message):
         sign_step(**{**arguments, **change})
     assert torch.equal(adv, X)
     assert torch.equal(momentum, torch.zeros_like(X))
+
+
+def arguments(momentum=True, norm="linf", dtype=torch.float32, layout=cases.contiguous):
+    tensors = [tensor if tensor is None else layout(tensor) for tensor in inputs((3, 3, 6, 8), 30, dtype, momentum)]
+    return (*tensors, 0.1, 0.16, 0.9, 0.0, 1.0, norm)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last, cases.every_other])
+def test_the_operator(layout, momentum, norm):
+    checks.operator("sign_step", *arguments(momentum, norm, layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(3, 3, 6, 7), "adv: got shape"),
+        (2, torch.zeros(3, 3, 6, 8, dtype=torch.float64), "grad: got dtype float64; allowed is float32"),
+        (3, torch.zeros(3, 3, 8, 6), "momentum: got shape"),
+        (4, -0.1, "alpha: got -0.1"),
+        (5, math.nan, "eps: got nan"),
+        (6, -1.0, "decay: got -1"),
+        (7, 2.0, "low, high: got 2, 1; allowed is low <= high"),
+        (9, "l1", "norm: got 'l1'"),
+    ],
+)
+def test_the_operator_and_its_fake_refuse(place, value, message):
+    given = list(arguments())
+    given[place] = value
+    checks.refusal("sign_step", tuple(given), message)
+
+
+@pytest.mark.parametrize(("one", "other"), [("adv", "images"), ("adv", "grad"), ("momentum", "grad")])
+def test_one_memory_for_two_tensors_is_refused(one, other):
+    tensors = dict(zip(("adv", "images", "grad", "momentum"), inputs((2, 3, 4, 4), 31, torch.float32), strict=True))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with pytest.raises(RuntimeError, match=f"^{one}, {other}: got one memory for both"):
+        sign_step(**{**tensors, one: tensors[other]}, **NUMBERS)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(1, 3, 130, 131), (9, 3, 33, 35)])
+def test_threads_change_nothing(shape, norm):
+    start = inputs(shape, 32, torch.float32)
+
+    def compute():
+        tensors = [tensor.clone() for tensor in start]
+        sign_step(*tensors, norm=norm, **NUMBERS)
+        return tensors[0], tensors[3]
+
+    checks.same_on_any_thread_count(compute)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_it_compiles_whole(momentum):
+    given = inputs((3, 3, 6, 7), 33, torch.float32, momentum)
+
+    def step(adv, images, grad, memory=None):
+        adv = adv * 1.0
+        memory = None if memory is None else memory * 1.0
+        sign_step(adv, images, grad, memory, **NUMBERS)
+        return adv if memory is None else adv + memory
+
+    checks.compiles_whole(step, *(tensor for tensor in given if tensor is not None))
