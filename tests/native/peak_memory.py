@@ -40,8 +40,11 @@ def divergence(dtype, direction):
         return kl_div_with_logits(student, teacher, direction=direction)
 
     # The gradient is found with the loss, so both of them are outputs of the first pass.
-    yield f"kl_div_with_logits {direction}", lambda: torch.ops.alignfast.kl_div_with_logits(
-        student.detach(), teacher, 4.0, direction, "batchmean", "max", True
+    yield (
+        f"kl_div_with_logits {direction}",
+        lambda: torch.ops.alignfast.kl_div_with_logits(
+            student.detach(), teacher, 4.0, direction, "batchmean", "max", True
+        ),
     )
     yield f"kl_div_with_logits {direction} backward", adjoint(loss(), student)
 

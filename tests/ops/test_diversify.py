@@ -466,9 +466,9 @@ def test_it_compiles_whole(geometric):
     images = cases.random((2, 3, 8, 8), 30, torch.float32).requires_grad_()
     options = options_for(["noise", "mixing", "scale", geometric, "normalise"], images, 2, 31)
     checks.compiles_whole(
-        lambda images: diversify(
-            images * 2, **options, dtype=torch.bfloat16, memory_format=torch.channels_last
-        ).float().sin(),
+        lambda images: (
+            diversify(images * 2, **options, dtype=torch.bfloat16, memory_format=torch.channels_last).float().sin()
+        ),
         images,
     )
 
