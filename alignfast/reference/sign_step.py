@@ -20,23 +20,22 @@ def sign_step(
 ) -> None:
     if adv.numel() == 0:
         return
-    # In half precision, the mean of a small gradient would round to zero.
+    # Half precision is computed in float32 and rounded once: the mean of a small gradient would round to zero.
     wide = torch.float64 if adv.dtype == torch.float64 else torch.float32
     direction = grad
     if momentum is not None:
         # A sum in float64 is the same float32 in whatever order it is taken.
         mean = grad.abs().mean((1, 2, 3), keepdim=True, dtype=torch.float64).to(wide)
-        momentum.mul_(decay).add_(_divide(grad, mean))
+        momentum.copy_(momentum.to(wide) * decay + _divide(grad.to(wide), mean))
         direction = momentum
     if norm == "linf":
-        adv.add_(direction.sign(), alpha=alpha)
-        delta = (adv - images).clamp_(-eps, eps)
+        delta = (adv.to(wide) + alpha * direction.sign().to(wide) - images.to(wide)).clamp_(-eps, eps)
     else:
         adv.add_(_unit(direction.to(wide)), alpha=alpha)
         delta = adv - images
         length = _l2(delta.to(wide))
         delta = torch.where(length > eps, delta * (eps / length), delta).to(adv.dtype)
-    torch.clamp(images + delta, low, high, out=adv)
+    torch.clamp((images + delta).to(adv.dtype), low, high, out=adv)
 
 
 def _unit(direction: Tensor) -> Tensor:

@@ -84,6 +84,32 @@ V sum_of(const V* x, int64_t count) {
   return reduced(x, count, V(0), [](auto a, auto b) { return a + b; });
 }
 
+// The sum of |x| in double precision, by the same lanes.
+template <class T>
+double sum_of_sizes(const T* x, int64_t count) {
+  constexpr int64_t STRIDE = 4 * LANES;
+  typedef Wide<T> Narrow __attribute__((vector_size(Lanes<double>::WIDTH * sizeof(Wide<T>))));
+  const auto add = [](auto a, auto b) { return a + b; };
+  Lanes<double> sums[4];
+  for (Lanes<double>& sum : sums) sum = Lanes<double>::filled(0);
+  for (int64_t start = 0; start < count; start += STRIDE) {
+    Wide<T> sizes[STRIDE];
+    const int64_t left = count - start < STRIDE ? count - start : STRIDE;
+    for (int64_t i = 0; i < left; ++i) {
+      const Wide<T> value = widen(x[start + i]);
+      sizes[i] = value < 0 ? -value : value;
+    }
+    for (int64_t i = left; i < STRIDE; ++i) sizes[i] = 0;
+    for (int64_t i = 0; i < STRIDE / Lanes<double>::WIDTH; ++i) {
+      Narrow part;
+      std::memcpy(&part, sizes + i * Lanes<double>::WIDTH, sizeof(part));
+      Lanes<double>& sum = sums[i / Lanes<double>::PARTS];
+      sum.parts[i % Lanes<double>::PARTS] += __builtin_convertvector(part, typename Lanes<double>::Part);
+    }
+  }
+  return sums[0].with(sums[1], add).with(sums[2].with(sums[3], add), add).folded(add);
+}
+
 template <class V>
 V max_of(const V* x, int64_t count, V lowest) {
   return reduced(x, count, lowest, [](auto a, auto b) { return a > b ? a : b; });

@@ -51,8 +51,8 @@ void add_gradient(T* __restrict momentum, const T* __restrict grad, int64_t coun
 template <class T>
 void linf_along(T* __restrict adv, const T* __restrict image, const T* __restrict direction, int64_t count,
                 const SignStepConfig& config) {
-  const Wide<T> alpha = rounded_to<T>(static_cast<Wide<T>>(config.alpha));
-  const Wide<T> eps = rounded_to<T>(static_cast<Wide<T>>(config.eps));
+  const Wide<T> alpha = static_cast<Wide<T>>(config.alpha);
+  const Wide<T> eps = static_cast<Wide<T>>(config.eps);
   const Wide<T> low = rounded_to<T>(static_cast<Wide<T>>(config.low));
   const Wide<T> high = rounded_to<T>(static_cast<Wide<T>>(config.high));
   for (int64_t i = 0; i < count; ++i) {
@@ -64,9 +64,9 @@ void linf_along(T* __restrict adv, const T* __restrict image, const T* __restric
 template <class T>
 void linf_with_momentum(T* __restrict adv, const T* __restrict image, const T* __restrict grad, T* __restrict momentum,
                         int64_t count, const SignStepConfig& config, Wide<T> mean) {
-  const Wide<T> alpha = rounded_to<T>(static_cast<Wide<T>>(config.alpha));
+  const Wide<T> alpha = static_cast<Wide<T>>(config.alpha);
   const Wide<T> decay = static_cast<Wide<T>>(config.decay);
-  const Wide<T> eps = rounded_to<T>(static_cast<Wide<T>>(config.eps));
+  const Wide<T> eps = static_cast<Wide<T>>(config.eps);
   const Wide<T> low = rounded_to<T>(static_cast<Wide<T>>(config.low));
   const Wide<T> high = rounded_to<T>(static_cast<Wide<T>>(config.high));
   for (int64_t i = 0; i < count; ++i) {
@@ -95,12 +95,7 @@ double sign_step_l1(const SignStepImage& image, int64_t begin, int64_t end) {
     double total = 0;
     each_chunk(begin, end, [&](int64_t start, int64_t count) {
       const Input<T> grad(image.grad, image.grad_layout, start, count);
-      double sizes[CHUNK];
-      for (int64_t i = 0; i < count; ++i) {
-        const double value = static_cast<double>(widen(grad.at[i]));
-        sizes[i] = value < 0 ? -value : value;
-      }
-      total += sum_of(sizes, count);
+      total += sum_of_sizes(grad.at, count);
     });
     return total;
   });

@@ -1,5 +1,5 @@
-// The update of an iterative attack, per element; alignfast/ops/sign_step.py has the definition. T is the stored type:
-// every step that plain tensor arithmetic rounds to T is rounded to T here.
+// The update of an iterative attack, per element; alignfast/ops/sign_step.py has the definition. T is the stored type,
+// to which a result is rounded once.
 
 #pragma once
 
@@ -15,7 +15,7 @@ AF_HOST_DEVICE inline V normalised(V grad, V size) {
 
 template <class T>
 AF_HOST_DEVICE inline Wide<T> next_momentum(T momentum, T grad, Wide<T> decay, Wide<T> mean) {
-  return rounded_to<T>(rounded_to<T>(widen(momentum) * decay) + normalised<Wide<T>>(widen(grad), mean));
+  return rounded_to<T>(widen(momentum) * decay + normalised<Wide<T>>(widen(grad), mean));
 }
 
 template <class V>
@@ -30,13 +30,13 @@ AF_HOST_DEVICE inline V clamped(V x, V low, V high) {
   return raised > high ? high : raised;
 }
 
-// alpha, eps, low and high are values of T.
+// low and high are values of T.
 template <class T>
 AF_HOST_DEVICE inline T linf_step(T adv, T image, Wide<T> direction, Wide<T> alpha, Wide<T> eps, Wide<T> low,
                                   Wide<T> high) {
   using V = Wide<T>;
-  const V moved = rounded_to<T>(widen(adv) + alpha * sign(direction));
-  const V delta = clamped<V>(rounded_to<T>(moved - widen(image)), -eps, eps);
+  const V moved = widen(adv) + alpha * sign(direction);
+  const V delta = clamped<V>(moved - widen(image), -eps, eps);
   return exactly<T>(clamped<V>(rounded_to<T>(widen(image) + delta), low, high));
 }
 
