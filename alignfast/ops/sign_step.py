@@ -34,7 +34,7 @@ def sign_step(
     per image, and d = m; without, d = g. Then "linf" takes adv <- adv + alpha sign(d), projected on the ball of radius
     eps around `images`; "l2" takes adv <- adv + alpha d / ||d||_2, projected on the L2 ball per image. Last, adv is
     clamped to [low, high]. An image whose gradient is zero throughout adds nothing to its momentum; one whose
-    direction is zero makes no step.
+    direction is zero makes no step. Half precision is computed in float32.
 
     Args:
         adv, images, grad, momentum: [N, C, H, W] of one floating dtype and device. `grad` is not changed.

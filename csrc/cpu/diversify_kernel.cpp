@@ -358,19 +358,22 @@ struct Normalisation {
     write(row, width, stride, out, [](V x) { return x; });
   }
 
-  // A row of all of them, in whole blocks.
-  template <class T>
-  void write_blocks(const V* __restrict row, int64_t length, T* __restrict out) const {
-    const bool divided = divides;
-    for (int64_t i = 0; i < length; i += LANES) {
-      for (int64_t j = 0; j < LANES; ++j) {
-        const V x = row[i + j] - mean[j];
-        out[i + j] = narrow<T>(static_cast<Wide<T>>(divided ? x / std[j] : x));
-      }
-    }
+  // A row of pixels of C channels as it lies in channels-last memory.
+  template <int C, class T>
+  void write_pixels(const V* row, int64_t width, T* out) const {
+    if (divides) return write_pixels<C>(row, width, out, [this](V x, int i) { return (x - mean[i]) / std[i]; });
+    if (centres) return write_pixels<C>(row, width, out, [this](V x, int i) { return x - mean[i]; });
+    write_pixels<C>(row, width, out, [](V x, int) { return x; });
   }
 
  private:
+  template <int C, class T, class Change>
+  static void write_pixels(const V* __restrict row, int64_t width, T* __restrict out, Change change) {
+    for (int64_t x = 0; x < width; ++x) {
+      for (int i = 0; i < C; ++i) out[C * x + i] = narrow<T>(static_cast<Wide<T>>(change(row[PIXEL * x + i], i)));
+    }
+  }
+
   template <class T, class Change>
   static void write(const V* __restrict row, int64_t width, int64_t stride, T* __restrict out, Change change) {
     if (stride == 1) {
@@ -456,13 +459,6 @@ void deinterleave(const V* __restrict row, int64_t width, V* __restrict planar) 
   for (int64_t x = 0; x < width; ++x) {
     for (int i = 0; i < PIXEL; ++i) planar[i * width + x] = row[PIXEL * x + i];
   }
-}
-
-// Four at a time again, each overwriting what the one before wrote too much.
-template <class T>
-void write_pixels(const T* __restrict row, int64_t width, int64_t channels, T* __restrict out) {
-  for (int64_t x = 0; x + 1 < width; ++x) std::memcpy(out + channels * x, row + PIXEL * x, PIXEL * sizeof(T));
-  for (int64_t i = 0; i < channels; ++i) out[channels * (width - 1) + i] = row[PIXEL * (width - 1) + i];
 }
 
 template <class V, int L>
@@ -554,11 +550,11 @@ class Forward {
     with_type(planes.dtype, [&](auto type) {
       using T = decltype(type);
       T* out = static_cast<T*>(planes.data) + first_ * planes.stride_c + y * planes.stride_h;
-      if constexpr (L == PIXEL && sizeof(T) <= sizeof(V)) {
+      if constexpr (L == PIXEL) {
         if (interleaved(planes.stride_c, planes.stride_w, copy_.size.channels)) {
-          T* narrowed = reinterpret_cast<T*>(static_cast<V*>(planar_));
-          normalisation_.template write_blocks<T>(result_, length_, narrowed);
-          return write_pixels<T>(narrowed, width, channels_, out);
+          if (channels_ == 2) return normalisation_.template write_pixels<2, T>(result_, width, out);
+          if (channels_ == 3) return normalisation_.template write_pixels<3, T>(result_, width, out);
+          return normalisation_.template write_pixels<4, T>(result_, width, out);
         }
       }
       if (L == PIXEL) deinterleave<V>(result_, width, planar_);
