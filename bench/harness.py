@@ -158,7 +158,7 @@ def measure(
 
 def make_sides(work: Work, *, compiled: bool) -> dict[str, Run]:
     sides = {"ours": work.ours, "eager": work.bind(work.expression)}
-    if compiled:
+    if compiled and work.compiles:
         sides["compiled"] = work.bind(_compile(work.expression))
     return sides
 

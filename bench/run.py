@@ -174,7 +174,7 @@ def _row(result: Result, sides: Sequence[str]) -> list[str]:
         return [*cells, *("" for _ in range(2 + len(sides))), f"WRONG: {result.fault}"]
     ratios = result.ratios
     cells += [_spread(result.seconds["ours"], 1e3), f"{result.gigabytes_per_second:.3g}"]
-    cells += [_spread(ratios[side]) for side in sides]
+    cells += [_spread(ratios[side]) if side in ratios else "" for side in sides]
     return [*cells, _judgement(result)]
 
 

@@ -244,8 +244,8 @@ void resize_rows(const TapTable<V>& table, int64_t y, const Factors<V>& factors,
   }
 }
 
-// For rows of whole pixels: pixel x comes from SPAN neighbours from first[x] on, whose weights
-// are repeated for every channel, so that all of them are multiplied at once.
+// For rows of whole pixels: pixel x comes from SPAN neighbours from first[x] on, whose weights are repeated for every
+// channel, so that all of them are multiplied at once.
 constexpr int SPAN = 4;
 
 template <class V>
@@ -618,7 +618,7 @@ class Adjoint {
         const V* planar = L == PIXEL ? planar_ : result_;
         for (int64_t i = 0; i < channels_; ++i) {
           V* sum = sums + i * stride + (y - begin) * width_;
-          if (place.resized != 0) {
+          if (place.resized != 0 || (scale_of(copy) == 1 && std_of(i) == 1)) {
             add_row(planar + i * width_, copy == 0, sum, [](V x) { return x; });
           } else {
             add_row(planar + i * width_, copy == 0, sum,
