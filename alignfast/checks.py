@@ -106,3 +106,15 @@ def _interval(low: float, high: float, open_low: bool) -> str:
     if low == -math.inf:
         return f"a number of at most {high:g}"
     return f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+
+
+def check_device(name: str) -> torch.device:
+    """The CPU, or a CUDA device that is there; else ValueError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: got {name!r}; allowed is cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise ValueError(f"device: got {name!r}; allowed here is cpu{', cuda' if count else ' (no CUDA device found)'}")
+    return device

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,7 @@ from alignfast.alignment import AlignConfig, align
 from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
 from alignfast.attacks import PRESETS, create
 from alignfast.attacks.presets import parameters_of
-from alignfast.checks import check_choice, check_count
+from alignfast.checks import check_choice, check_count, check_device
 from alignfast.config import MatrixConfig, attack_spec, build_model, named_model, trained_model
 from alignfast.data import (
     AdversarialWriter,
@@ -183,7 +182,7 @@ def align_command(
         raise ValueError(
             f"witness-checkpoint: got {len(checkpoints)}; allowed is none or one a witness, {len(witness)}"
         )
-    place = _device(device)
+    place = check_device(device)
     dataset = load_dataset(data, num_classes=num_classes)
     _verify(dataset)
     model = trained_model(source, source_checkpoint, num_classes).to(place)
@@ -238,7 +237,7 @@ def attack_command(
     named = {"eps": eps, "alpha": alpha, "steps": steps}
     given = {name: value for name, value in named.items() if value is not None} | _parameters(param or [])
     spec = attack_spec("attack", {"name": attack, **given, "seed": seed, "targeted": targeted})
-    place = _device(device)
+    place = check_device(device)
     source = trained_model(model, checkpoint, num_classes).to(place)
     engine = create(source=source, **spec)
     dataset = load_dataset(data, image_size=_side(source, model), num_classes=source.num_classes)
@@ -285,7 +284,7 @@ def evaluate_command(
     device: Device = "cpu",
 ) -> None:
     """Measure targets on written adversarial images: matrix.json, pictures and report.html."""
-    place = _device(device)
+    place = check_device(device)
     dataset, manifest = read_adversarial(images)
     specs = _named(targets)
     models = {name: named_model(spec, num_classes).to(place) for name, spec in specs.items()}
@@ -317,7 +316,7 @@ def transfer_command(
 ) -> None:
     """The whole matrix: matrix.json, pictures and report.html. What is done is kept, and taken up on a new call."""
     settings = MatrixConfig.read(config)
-    place = _device(device)
+    place = check_device(device)
     models = {
         role: {name: build_model(spec).to(place) for name, spec in getattr(settings, role).items()}
         for role in ("sources", "targets")
@@ -400,17 +399,6 @@ def _subset(dataset: ImageDataset, indices: Sequence[int]) -> Subset[Any]:
     if any(index >= len(dataset) for index in indices):
         raise ValueError(f"data: holds {len(dataset)} images; allowed is the data set that was attacked")
     return Subset(dataset, list(indices))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: got {name!r}; allowed is cpu, cuda or cuda:N") from None
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise ValueError(f"device: got {name!r}; allowed here is cpu{', cuda' if count else ' (no CUDA device found)'}")
-    return device
 
 
 def _verify(dataset: ImageDataset) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignfast._C import cpu_isa
-from alignfast.checks import check_count, check_known, check_number
+from alignfast.checks import check_count, check_device, check_known, check_number
 from alignfast.doctor import cpu_backend, cuda_backend, triton_backend
 from alignfast.files import write_json
 from alignfast.progress import progress
@@ -96,7 +96,7 @@ def main(
     if json is not None:
         _check_new(json)
     budget = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
-    settings = Settings(_device(device), torch.get_num_threads(), budget, compiled)
+    settings = Settings(str(check_device(device)), torch.get_num_threads(), budget, compiled)
     facts = machine()
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     for note in notes(facts, settings):
@@ -213,17 +213,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _device(name: str) -> str:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: got {name!r}; allowed is cpu, cuda or cuda:N") from None
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise ValueError(f"device: got {name!r}; allowed here is cpu{', cuda' if count else ' (no CUDA device found)'}")
-    return name
 
 
 def _check_new(path: Path) -> None:

@@ -90,6 +90,10 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
   AF_CHECK(fits, name, ": got shape ", shape_text(tensor), "; allowed is [", allowed, "]");
 }
 
+inline void check_range(const char* name, int64_t value, int64_t end) {
+  AF_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
+}
+
 // The elements of a small tensor of one or two dimensions, row by row.
 template <class T>
 std::vector<T> elements_of(const Tensor& tensor) {

@@ -10,12 +10,7 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-constexpr int64_t WORD = int64_t{1} << 32;
-constexpr int64_t MAX_COPIES = int64_t{1} << 24;
-constexpr int64_t MAX_PURPOSES = 256;
-
-// What a batch of copies is made with, read out of small tensors. Vectors are empty where there is none; those of a
-// grid have copy k of image n at k N + n.
+// What is given for every copy of every image: copy k of image n at k N + n.
 struct Grid {
   int64_t copies, images;
 };
@@ -35,10 +30,8 @@ std::vector<double> numbers_of(const char* name, const std::optional<Tensor>& te
   return values_of(name, *tensor);
 }
 
-void check_range(const char* name, const std::vector<int64_t>& values, int64_t end) {
-  for (const int64_t value : values) {
-    AF_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
-  }
+void check_all(const char* name, const std::vector<int64_t>& values, int64_t end) {
+  for (const int64_t value : values) check_range(name, value, end);
 }
 
 std::vector<ResizePadPlace> places_of(const std::optional<Tensor>& resized, const std::optional<Tensor>& top,
@@ -86,9 +79,9 @@ struct NoiseKey {
 NoiseKey key_of(const std::vector<int64_t>& key) {
   AF_CHECK(key.size() == 4, "noise_key: got ", key.size(),
            " numbers; allowed is low and high word of the seed, step and purpose");
-  check_range("noise.seed", {key[0], key[1]}, WORD);
-  check_range("noise.step", {key[2]}, WORD);
-  check_range("noise.purpose", {key[3]}, MAX_PURPOSES);
+  check_all("noise.seed", {key[0], key[1]}, WORD);
+  check_range("noise.step", key[2], WORD);
+  check_range("noise.purpose", key[3], MAX_PURPOSES);
   return {static_cast<uint64_t>(key[1]) << 32 | static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[2]),
           static_cast<uint32_t>(key[3])};
 }
@@ -148,8 +141,8 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
     key = key_of(noise_key);
     image_indices = counts_of("noise.images", *noise_images, {count});
     copy_indices = counts_of("noise.copies", *noise_copies, {copies});
-    check_range("noise.images", image_indices, WORD);
-    check_range("noise.copies", copy_indices, MAX_COPIES);
+    check_all("noise.images", image_indices, WORD);
+    check_all("noise.copies", copy_indices, MAX_COPIES);
   }
   AF_CHECK(pool.has_value() == partner.has_value() && pool.has_value() == weight.has_value(),
            "mixing.pool, mixing.partner, mixing.weight: got some of them; allowed is all or none");
@@ -159,7 +152,7 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
     check_shape("mixing.pool", *pool, {-1, channels, height, width});
     floating_dtype("mixing.pool", pool->scalar_type());
     partners = counts_of("mixing.partner", *partner, shape);
-    check_range("mixing.partner", partners, pool->size(0));
+    check_all("mixing.partner", partners, pool->size(0));
   }
   const std::vector<double> weights = numbers_of("mixing.weight", weight, shape);
   const std::vector<double> scales = numbers_of("scale", scale, shape);

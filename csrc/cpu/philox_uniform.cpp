@@ -10,22 +10,14 @@
 namespace alignfast {
 namespace {
 
-constexpr int64_t WORD = int64_t{1} << 32;
-constexpr int64_t MAX_COPIES = int64_t{1} << 24;
-constexpr int64_t MAX_PURPOSES = 256;
 // What a thread takes at a time; a multiple of the four words of a block.
 constexpr int64_t SEGMENT = ELEMENTS_PER_THREAD;
-
-void check_range(const char* name, int64_t value, int64_t end) {
-  AF_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
-}
 
 void check_indices(const char* name, const Tensor& indices, int64_t end) {
   check_cpu(name, indices);
   check_dtype(name, indices, ScalarType::Long);
   check_shape(name, indices, {-1});
-  const int64_t* values = indices.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < indices.numel(); ++i) check_range(name, values[i * indices.stride(0)], end);
+  for (const int64_t index : elements_of<int64_t>(indices)) check_range(name, index, end);
 }
 
 Tensor philox_uniform(Tensor images, Tensor copies, std::vector<int64_t> shape, int64_t seed_low, int64_t seed_high,

@@ -6,6 +6,11 @@
 
 namespace alignfast {
 
+// Ends of the ranges of a word, of the copies and of the purposes that share one.
+constexpr int64_t WORD = int64_t{1} << 32;
+constexpr int64_t MAX_COPIES = int64_t{1} << 24;
+constexpr int64_t MAX_PURPOSES = 256;
+
 // What tells the draws of one image and copy from those of another; alignfast/ops/philox_uniform.py has the layout.
 struct PhiloxStream {
   uint32_t seed_low, seed_high;
