@@ -131,6 +131,15 @@ inline std::vector<double> values_of(const char* name, const Tensor& tensor) {
   return widened_elements_of<Half>(tensor);
 }
 
+// A step that may be held by a tensor of one number, which is added to it.
+inline int64_t step_of(const char* name, int64_t step, const std::optional<Tensor>& offset) {
+  if (!offset) return step;
+  check_cpu(name, *offset);
+  check_dtype(name, *offset, ScalarType::Long);
+  check_shape(name, *offset, {});
+  return step + *offset->const_data_ptr<int64_t>();
+}
+
 // Below this many elements another thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 16384;
 

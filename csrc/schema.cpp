@@ -10,8 +10,8 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
   m.def(
       "diversify(Tensor images, int copies, float noise_radius, int[] noise_key, Tensor? noise_images, "
       "Tensor? noise_copies, Tensor? pool, Tensor? partner, Tensor? weight, Tensor? scale, Tensor? resized, "
-      "Tensor? top, Tensor? left, int padded, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last) "
-      "-> Tensor");
+      "Tensor? top, Tensor? left, int padded, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last, "
+      "Tensor? noise_step=None) -> Tensor");
   m.def(
       "diversify_backward(Tensor grad, int copies, Tensor? scale, Tensor? resized, Tensor? top, Tensor? left, "
       "int padded, Tensor? std, ScalarType dtype) -> Tensor");
@@ -22,5 +22,5 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
   m.def("smooth_backward(Tensor grad, Tensor kernel) -> Tensor");
   m.def(
       "philox_uniform(Tensor images, Tensor copies, int[] shape, int seed_low, int seed_high, int step, int purpose, "
-      "float low, float high) -> Tensor");
+      "float low, float high, Tensor? step_offset=None) -> Tensor");
 }

@@ -22,11 +22,11 @@ FURTHER_SLOT = SLOTS // 2
 class Draws:
     """Draws of one step for N images and K copies, a pure function of (seed, image, step, copy, slot, purpose).
 
-    images: int64 [N], data-set indices. copies: int64 [K].
+    step: a number, or int64 [] on the device. images: int64 [N], data-set indices. copies: int64 [K].
     """
 
     seed: int
-    step: int
+    step: int | Tensor
     images: Tensor
     copies: Tensor
     slot: int = START_SLOT

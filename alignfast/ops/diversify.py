@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignfast.checks import check_count, check_number, check_shape
 from alignfast.native import NATIVE_DEVICES
-from alignfast.ops.philox_uniform import MAX_PURPOSE, WORD
+from alignfast.ops.philox_uniform import MAX_PURPOSE, WORD, check_step_offset, split_step
 from alignfast.reference import diversify as reference
 
 
@@ -19,12 +19,12 @@ from alignfast.reference import diversify as reference
 class Noise:
     """Uniform noise in [-radius, radius), drawn per element by `philox_uniform` with these keys.
 
-    images: int64 [N]. copies: int64 [K].
+    images: int64 [N]. copies: int64 [K]. step: a number, or int64 [] that is read on the device.
     """
 
     radius: float
     seed: int
-    step: int
+    step: int | Tensor
     purpose: int
     images: Tensor
     copies: Tensor
@@ -94,10 +94,11 @@ def diversify(
         raise ValueError(f"memory_format: got {memory_format}; allowed is contiguous_format or channels_last")
     if (mean is None) != (std is None):
         raise ValueError("mean, std: got one of them; allowed is both or neither")
+    *noise_arguments, noise_step = _noise_arguments(noise)
     arguments = (
         images,
         copies,
-        *_noise_arguments(noise),
+        *noise_arguments,
         *((None, None, None) if mixing is None else (mixing.pool.detach(), mixing.partner, mixing.weight)),
         scale,
         *(
@@ -109,6 +110,7 @@ def diversify(
         std,
         images.dtype if dtype is None else dtype,
         memory_format == torch.channels_last,
+        noise_step,
     )
     _check(*arguments)
     _check_constants(None if mixing is None else mixing.weight, scale, mean, std)
@@ -120,12 +122,15 @@ def diversify(
     )
 
 
-def _noise_arguments(noise: Noise | None) -> tuple[float, tuple[int, ...], Tensor | None, Tensor | None]:
+def _noise_arguments(
+    noise: Noise | None,
+) -> tuple[float, tuple[int, ...], Tensor | None, Tensor | None, Tensor | None]:
     if noise is None:
-        return 0.0, (), None, None
+        return 0.0, (), None, None, None
     check_count("noise.seed", noise.seed, low=0, high=2**64 - 1)
-    key = (noise.seed & WORD, noise.seed >> 32, noise.step, noise.purpose)
-    return noise.radius, key, noise.images, noise.copies
+    step, offset = split_step(noise.step)
+    key = (noise.seed & WORD, noise.seed >> 32, step, noise.purpose)
+    return noise.radius, key, noise.images, noise.copies, offset
 
 
 def _check(
@@ -147,6 +152,7 @@ def _check(
     std: Tensor | None,
     dtype: torch.dtype,
     channels_last: bool,
+    noise_step: Tensor | None = None,
 ) -> None:
     _check_images("images", images)
     check_count("copies", copies)
@@ -158,6 +164,7 @@ def _check(
             check_count(name, value, low=0, high=high)
         _check_part("noise.images", noise_images, (len(images),), images, torch.int64)
         _check_part("noise.copies", noise_copies, (copies,), images, torch.int64)
+        check_step_offset("noise.step", noise_step, images)
     if pool is not None:
         _check_part("mixing.pool", pool, (None, *images.shape[1:]), images)
         _check_part("mixing.partner", partner, grid, images, torch.int64)
@@ -241,7 +248,7 @@ def _check_constants(weight: Tensor | None, scale: Tensor | None, mean: Tensor |
 
 def _fake(images: Tensor, copies: int, *rest: Any) -> Tensor:
     _check(images, copies, *rest)
-    *_, dtype, channels_last = rest
+    dtype, channels_last = rest[14:16]
     return torch.empty(
         (copies * len(images), *images.shape[1:]),
         dtype=dtype,
@@ -256,7 +263,7 @@ def _fake_backward(grad: Tensor, copies: int, *rest: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, copies, *_, scale, resized, top, left, padded, _mean, std, _dtype, _channels_last = inputs
+    images, copies, *_, scale, resized, top, left, padded, _mean, std, _dtype, _channels_last, _noise_step = inputs
     ctx.save_for_backward(scale, resized, top, left, std)
     ctx.copies, ctx.padded, ctx.dtype = copies, padded, images.dtype
 
@@ -266,7 +273,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     adjoint = torch.ops.alignfast.diversify_backward(
         grad, ctx.copies, scale, resized, top, left, ctx.padded, std, ctx.dtype
     )
-    return adjoint, *[None] * 17
+    return adjoint, *[None] * 18
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

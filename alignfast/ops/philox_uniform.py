@@ -22,7 +22,7 @@ def philox_uniform(
     shape: Sequence[int],
     *,
     seed: int,
-    step: int = 0,
+    step: int | Tensor = 0,
     purpose: int = 0,
     low: float = 0.0,
     high: float = 1.0,
@@ -39,7 +39,8 @@ def philox_uniform(
         copies: int64 [K], copy numbers in [0, 2^24).
         shape: the shape of one image's draws.
         seed: in [0, 2^64).
-        step: in [0, 2^32).
+        step: in [0, 2^32); or int64 [] on the device of `images`, which is read there, so that a captured graph
+            draws anew.
         purpose: in [0, 256); keeps draws for different uses apart.
 
     Raises:
@@ -48,13 +49,28 @@ def philox_uniform(
     """
     check_count("seed", seed, low=0, high=2**64 - 1)
     sizes = tuple(shape)
-    _check(images, copies, sizes, seed & WORD, seed >> 32, step, purpose, low, high)
+    number, offset = split_step(step)
+    arguments = (images, copies, sizes, seed & WORD, seed >> 32, number, purpose, low, high, offset)
+    _check(*arguments)
     if images.device.type in NATIVE_DEVICES:
-        draws: Tensor = torch.ops.alignfast.philox_uniform(
-            images, copies, sizes, seed & WORD, seed >> 32, step, purpose, low, high
-        )
+        draws: Tensor = torch.ops.alignfast.philox_uniform(*arguments)
         return draws
     return reference.philox_uniform(images, copies, sizes, seed, step, purpose, low, high)
+
+
+def split_step(step: int | Tensor) -> tuple[int, Tensor | None]:
+    """As the ops take it: a number, and a tensor whose number is added to it."""
+    return (0, step) if isinstance(step, Tensor) else (step, None)
+
+
+def check_step_offset(name: str, offset: Tensor | None, images: Tensor) -> None:
+    if offset is None:
+        return
+    check_shape(name, offset.shape, ())
+    if offset.dtype != torch.int64:
+        raise ValueError(f"{name}: got dtype {offset.dtype}; allowed is torch.int64")
+    if offset.device != images.device:
+        raise ValueError(f"{name}: on {offset.device}; allowed is the device of images, {images.device}")
 
 
 def _check(
@@ -67,6 +83,7 @@ def _check(
     purpose: int,
     low: float,
     high: float,
+    step_offset: Tensor | None = None,
 ) -> None:
     for name, index in (("images", images), ("copies", copies)):
         check_shape(name, index.shape, (None,))
@@ -77,6 +94,7 @@ def _check(
     check_count("seed_low", seed_low, low=0, high=WORD)
     check_count("seed_high", seed_high, low=0, high=WORD)
     check_count("step", step, low=0, high=WORD)
+    check_step_offset("step", step_offset, images)
     check_count("purpose", purpose, low=0, high=MAX_PURPOSE)
     for size in shape:
         check_count("shape", size, low=0)
@@ -96,8 +114,9 @@ def _fake(
     purpose: int,
     low: float,
     high: float,
+    step_offset: Tensor | None = None,
 ) -> Tensor:
-    _check(images, copies, shape, seed_low, seed_high, step, purpose, low, high)
+    _check(images, copies, shape, seed_low, seed_high, step, purpose, low, high, step_offset)
     return images.new_empty((len(copies), len(images), *shape), dtype=torch.float32)
 
 

@@ -24,7 +24,14 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def philox_uniform(
-    images: Tensor, copies: Tensor, shape: tuple[int, ...], seed: int, step: int, purpose: int, low: float, high: float
+    images: Tensor,
+    copies: Tensor,
+    shape: tuple[int, ...],
+    seed: int,
+    step: int | Tensor,
+    purpose: int,
+    low: float,
+    high: float,
 ) -> Tensor:
     count = 1
     for size in shape:
@@ -34,7 +41,7 @@ def philox_uniform(
     counter = (
         blocks.expand(grid),
         images[:, None].expand(grid),
-        torch.full((), step, device=images.device).expand(grid),
+        torch.as_tensor(step, device=images.device).expand(grid),
         ((copies[:, None, None] << 8) | purpose).expand(grid),
     )
     words = torch.stack(philox4x32(counter, (seed & MASK, seed >> 32)), -1)

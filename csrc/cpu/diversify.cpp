@@ -76,13 +76,14 @@ struct NoiseKey {
   uint32_t step, purpose;
 };
 
-NoiseKey key_of(const std::vector<int64_t>& key) {
+NoiseKey key_of(const std::vector<int64_t>& key, const std::optional<Tensor>& step_offset) {
   AF_CHECK(key.size() == 4, "noise_key: got ", key.size(),
            " numbers; allowed is low and high word of the seed, step and purpose");
   check_all("noise.seed", {key[0], key[1]}, WORD);
-  check_range("noise.step", key[2], WORD);
+  const int64_t step = step_of("noise.step", key[2], step_offset);
+  check_range("noise.step", step, WORD);
   check_range("noise.purpose", key[3], MAX_PURPOSES);
-  return {static_cast<uint64_t>(key[1]) << 32 | static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[2]),
+  return {static_cast<uint64_t>(key[1]) << 32 | static_cast<uint64_t>(key[0]), static_cast<uint32_t>(step),
           static_cast<uint32_t>(key[3])};
 }
 
@@ -121,7 +122,8 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
                  std::optional<Tensor> noise_images, std::optional<Tensor> noise_copies, std::optional<Tensor> pool,
                  std::optional<Tensor> partner, std::optional<Tensor> weight, std::optional<Tensor> scale,
                  std::optional<Tensor> resized, std::optional<Tensor> top, std::optional<Tensor> left, int64_t padded,
-                 std::optional<Tensor> mean, std::optional<Tensor> std, ScalarType dtype, bool channels_last) {
+                 std::optional<Tensor> mean, std::optional<Tensor> std, ScalarType dtype, bool channels_last,
+                 std::optional<Tensor> noise_step) {
   check_cpu("images", images);
   check_shape("images", images, {-1, -1, -1, -1});
   floating_dtype("images", images.scalar_type());
@@ -138,7 +140,7 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
   std::vector<int64_t> image_indices, copy_indices;
   NoiseKey key{};
   if (noise_images) {
-    key = key_of(noise_key);
+    key = key_of(noise_key, noise_step);
     image_indices = counts_of("noise.images", *noise_images, {count});
     copy_indices = counts_of("noise.copies", *noise_copies, {copies});
     check_all("noise.images", image_indices, WORD);

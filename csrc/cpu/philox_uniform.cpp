@@ -21,11 +21,12 @@ void check_indices(const char* name, const Tensor& indices, int64_t end) {
 }
 
 Tensor philox_uniform(Tensor images, Tensor copies, std::vector<int64_t> shape, int64_t seed_low, int64_t seed_high,
-                      int64_t step, int64_t purpose, double low, double high) {
+                      int64_t step, int64_t purpose, double low, double high, std::optional<Tensor> step_offset) {
   check_indices("images", images, WORD);
   check_indices("copies", copies, MAX_COPIES);
   check_range("seed_low", seed_low, WORD);
   check_range("seed_high", seed_high, WORD);
+  step = step_of("step", step, step_offset);
   check_range("step", step, WORD);
   check_range("purpose", purpose, MAX_PURPOSES);
   for (const int64_t size : shape) AF_CHECK(size >= 0, "shape: got ", size, "; allowed is sizes >= 0");

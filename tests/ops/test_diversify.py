@@ -210,6 +210,17 @@ def test_an_image_does_not_depend_on_its_batch(seed, dtype, data):
     torch.testing.assert_close(batch, part(whole), rtol=rounding, atol=10 * rounding)
 
 
+def test_the_step_of_noise_may_be_in_memory():
+    images = cases.random((3, 2, 5, 5), 20, torch.float32)
+    noise = options_for(["noise"], images, 2, 21)["noise"]
+    held = replace(noise, step=torch.tensor(noise.step))
+    assert torch.equal(diversify(images, copies=2, noise=held), diversify(images, copies=2, noise=noise))
+    with pytest.raises(ValueError, match=r"^noise.step: got dtype torch.float32; allowed is torch.int64"):
+        diversify(images, copies=2, noise=replace(noise, step=torch.tensor(1.0)))
+    with pytest.raises(RuntimeError, match=r"^noise.step: got -1; allowed is 0 to 4294967295"):
+        diversify(images, copies=2, noise=replace(noise, step=torch.tensor(-1)))
+
+
 def test_a_size_of_zero_or_the_images_own_changes_nothing():
     images = cases.random((2, 3, 7, 7), 13, torch.float32)
     still = torch.zeros(2, 2, dtype=torch.int64)

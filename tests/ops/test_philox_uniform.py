@@ -178,6 +178,9 @@ def test_the_least_and_the_greatest_draw():
         ({"seed": 1.0}, "seed: got 1.0"),
         ({"step": 2**32}, "step: got 4294967296; allowed is a whole number, 0 to 4294967295"),
         ({"step": -1}, "step: got -1"),
+        ({"step": torch.tensor(1.0)}, "step: got dtype torch.float32; allowed is torch.int64"),
+        ({"step": torch.tensor([1])}, r"step: got shape \[1\]; allowed is \[\]"),
+        ({"step": torch.tensor(1, device="meta")}, "step: on meta; allowed is the device of images, cpu"),
         ({"purpose": 256}, "purpose: got 256; allowed is a whole number, 0 to 255"),
         ({"purpose": True}, "purpose: got True"),
         ({"low": 1.0, "high": 0.5}, "low, high: got 1.0, 0.5; allowed is low <= high"),
@@ -192,6 +195,15 @@ def test_bad_input_is_refused(change, message):
 
 def test_the_operator():
     checks.operator("philox_uniform", index(1, 2, 3), index(0, 4), (3, 5), 7, 8, 2, 9, -0.5, 0.5)
+    checks.operator("philox_uniform", index(1, 2, 3), index(0, 4), (3, 5), 7, 8, 0, 9, -0.5, 0.5, torch.tensor(2))
+
+
+def test_a_step_in_memory_is_a_step():
+    step = torch.tensor(3)
+    for number in (3, 2**32 - 1, 0):
+        step.fill_(number)
+        draws = philox_uniform(index(1, 2), index(0, 4), (3, 5), seed=9, step=step)
+        assert torch.equal(draws, philox_uniform(index(1, 2), index(0, 4), (3, 5), seed=9, step=number))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +222,12 @@ def test_the_operator_and_its_fake_refuse(place, value, message):
     given = [index(1, 2, 3), index(0, 4), (3, 5), 7, 8, 2, 9, -0.5, 0.5]
     given[place] = value
     checks.refusal("philox_uniform", tuple(given), message)
+
+
+def test_a_step_in_memory_is_checked_on_the_cpu():
+    for number in (-1, 2**32):
+        with pytest.raises(RuntimeError, match=rf"^step: got {number}; allowed is 0 to 4294967295"):
+            philox_uniform(index(0), index(0), (4,), seed=0, step=torch.tensor(number))
 
 
 @pytest.mark.parametrize(
