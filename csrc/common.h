@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -70,8 +71,17 @@ inline Dtype floating_dtype(const char* name, ScalarType type) {
   }
 }
 
-inline void check_cpu(const char* name, const Tensor& tensor) {
-  AF_CHECK(tensor.is_cpu(), name, ": on another device than the CPU; allowed is one device for all tensors");
+// The first tensor of an op decides where all of them have to be.
+inline void check_here(const char* name, const Tensor& first) {
+#if defined(__CUDACC__)
+  AF_CHECK(first.is_cuda(), name, ": on another device than a CUDA device; allowed is one device for all tensors");
+#else
+  AF_CHECK(first.is_cpu(), name, ": on another device than the CPU; allowed is one device for all tensors");
+#endif
+}
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& first) {
+  AF_CHECK(tensor.device() == first.device(), name, ": on another device; allowed is one device for all tensors");
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wanted) {
@@ -92,6 +102,18 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
 
 inline void check_range(const char* name, int64_t value, int64_t end) {
   AF_CHECK(0 <= value && value < end, name, ": got ", value, "; allowed is 0 to ", end - 1);
+}
+
+inline void check_finite(const char* name, double value) {
+  AF_CHECK(value >= 0 && std::isfinite(value), name, ": got ", value, "; allowed is a finite number >= 0");
+}
+
+// A tensor of one number that is added to a step.
+inline void check_step_offset(const char* name, const std::optional<Tensor>& offset, const Tensor& first) {
+  if (!offset) return;
+  check_device(name, *offset, first);
+  check_dtype(name, *offset, ScalarType::Long);
+  check_shape(name, *offset, {});
 }
 
 // The elements of a small tensor of one or two dimensions, row by row.
@@ -131,13 +153,9 @@ inline std::vector<double> values_of(const char* name, const Tensor& tensor) {
   return widened_elements_of<Half>(tensor);
 }
 
-// A step that may be held by a tensor of one number, which is added to it.
-inline int64_t step_of(const char* name, int64_t step, const std::optional<Tensor>& offset) {
-  if (!offset) return step;
-  check_cpu(name, *offset);
-  check_dtype(name, *offset, ScalarType::Long);
-  check_shape(name, *offset, {});
-  return step + *offset->const_data_ptr<int64_t>();
+// A step to which the number that a tensor holds is added.
+inline int64_t step_of(int64_t step, const std::optional<Tensor>& offset) {
+  return offset ? step + *offset->const_data_ptr<int64_t>() : step;
 }
 
 // Below this many elements another thread costs more than it saves.

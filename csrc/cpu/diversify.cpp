@@ -1,33 +1,15 @@
 #include "cpu/diversify.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "checks/diversify.h"
 #include "common.h"
 
 namespace alignfast {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
-// What is given for every copy of every image: copy k of image n at k N + n.
-struct Grid {
-  int64_t copies, images;
-};
-
-std::vector<int64_t> counts_of(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  check_cpu(name, tensor);
-  check_dtype(name, tensor, ScalarType::Long);
-  check_shape(name, tensor, shape);
-  return elements_of<int64_t>(tensor);
-}
-
-std::vector<double> numbers_of(const char* name, const std::optional<Tensor>& tensor,
-                               const std::vector<int64_t>& shape) {
-  if (!tensor) return {};
-  check_cpu(name, *tensor);
-  check_shape(name, *tensor, shape);
-  return values_of(name, *tensor);
+std::vector<double> numbers_of(const char* name, const std::optional<Tensor>& tensor) {
+  return tensor ? values_of(name, *tensor) : std::vector<double>{};
 }
 
 void check_all(const char* name, const std::vector<int64_t>& values, int64_t end) {
@@ -35,17 +17,11 @@ void check_all(const char* name, const std::vector<int64_t>& values, int64_t end
 }
 
 std::vector<ResizePadPlace> places_of(const std::optional<Tensor>& resized, const std::optional<Tensor>& top,
-                                      const std::optional<Tensor>& left, int64_t padded, Grid grid, int64_t height,
-                                      int64_t width) {
-  AF_CHECK(resized.has_value() == top.has_value() && resized.has_value() == left.has_value(),
-           "resize_pad.resized, resize_pad.top, resize_pad.left: got some of them; allowed is all or none");
+                                      const std::optional<Tensor>& left, int64_t padded) {
   if (!resized) return {};
-  AF_CHECK(height == width, "resize_pad: got images of ", height, " x ", width, "; allowed is square images");
-  AF_CHECK(padded >= height, "resize_pad.padded: got ", padded, "; allowed is a whole number, at least ", height);
-  const std::vector<int64_t> shape{grid.copies, grid.images};
-  const auto sizes = counts_of("resize_pad.resized", *resized, shape);
-  const auto tops = counts_of("resize_pad.top", *top, shape);
-  const auto lefts = counts_of("resize_pad.left", *left, shape);
+  const auto sizes = elements_of<int64_t>(*resized);
+  const auto tops = elements_of<int64_t>(*top);
+  const auto lefts = elements_of<int64_t>(*left);
   std::vector<ResizePadPlace> places(sizes.size());
   for (size_t i = 0; i < places.size(); ++i) {
     const int64_t room = padded - sizes[i];
@@ -76,13 +52,8 @@ struct NoiseKey {
   uint32_t step, purpose;
 };
 
-NoiseKey key_of(const std::vector<int64_t>& key, const std::optional<Tensor>& step_offset) {
-  AF_CHECK(key.size() == 4, "noise_key: got ", key.size(),
-           " numbers; allowed is low and high word of the seed, step and purpose");
-  check_all("noise.seed", {key[0], key[1]}, WORD);
-  const int64_t step = step_of("noise.step", key[2], step_offset);
+NoiseKey key_of(const std::vector<int64_t>& key, int64_t step) {
   check_range("noise.step", step, WORD);
-  check_range("noise.purpose", key[3], MAX_PURPOSES);
   return {static_cast<uint64_t>(key[1]) << 32 | static_cast<uint64_t>(key[0]), static_cast<uint32_t>(step),
           static_cast<uint32_t>(key[3])};
 }
@@ -124,47 +95,30 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
                  std::optional<Tensor> resized, std::optional<Tensor> top, std::optional<Tensor> left, int64_t padded,
                  std::optional<Tensor> mean, std::optional<Tensor> std, ScalarType dtype, bool channels_last,
                  std::optional<Tensor> noise_step) {
-  check_cpu("images", images);
-  check_shape("images", images, {-1, -1, -1, -1});
-  floating_dtype("images", images.scalar_type());
-  floating_dtype("dtype", dtype);
-  AF_CHECK(copies >= 1, "copies: got ", copies, "; allowed is a whole number, at least 1");
+  check_diversify(images, copies, noise_radius, noise_key, noise_images, noise_copies, pool, partner, weight, scale,
+                  resized, top, left, padded, mean, std, dtype, noise_step);
   const int64_t count = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
-  const Grid grid{copies, count};
-  const std::vector<int64_t> shape{copies, count};
 
-  AF_CHECK(noise_images.has_value() == noise_copies.has_value(),
-           "noise.images, noise.copies: got one of them; allowed is both or neither");
-  AF_CHECK(noise_radius >= 0 && std::isfinite(noise_radius), "noise.radius: got ", noise_radius,
-           "; allowed is a finite number >= 0");
-  std::vector<int64_t> image_indices, copy_indices;
+  std::vector<int64_t> image_indices, copy_indices, partners;
   NoiseKey key{};
   if (noise_images) {
-    key = key_of(noise_key, noise_step);
-    image_indices = counts_of("noise.images", *noise_images, {count});
-    copy_indices = counts_of("noise.copies", *noise_copies, {copies});
+    key = key_of(noise_key, step_of(noise_key[2], noise_step));
+    image_indices = elements_of<int64_t>(*noise_images);
+    copy_indices = elements_of<int64_t>(*noise_copies);
     check_all("noise.images", image_indices, WORD);
     check_all("noise.copies", copy_indices, MAX_COPIES);
   }
-  AF_CHECK(pool.has_value() == partner.has_value() && pool.has_value() == weight.has_value(),
-           "mixing.pool, mixing.partner, mixing.weight: got some of them; allowed is all or none");
-  std::vector<int64_t> partners;
   if (pool) {
-    check_cpu("mixing.pool", *pool);
-    check_shape("mixing.pool", *pool, {-1, channels, height, width});
-    floating_dtype("mixing.pool", pool->scalar_type());
-    partners = counts_of("mixing.partner", *partner, shape);
+    partners = elements_of<int64_t>(*partner);
     check_all("mixing.partner", partners, pool->size(0));
   }
-  const std::vector<double> weights = numbers_of("mixing.weight", weight, shape);
-  const std::vector<double> scales = numbers_of("scale", scale, shape);
-  const std::vector<ResizePadPlace> places = places_of(resized, top, left, padded, grid, height, width);
-  const std::vector<double> means = numbers_of("mean", mean, {channels});
-  const std::vector<double> stds = numbers_of("std", std, {channels});
+  const std::vector<double> weights = numbers_of("mixing.weight", weight);
+  const std::vector<double> scales = numbers_of("scale", scale);
+  const std::vector<ResizePadPlace> places = places_of(resized, top, left, padded);
+  const std::vector<double> means = numbers_of("mean", mean);
+  const std::vector<double> stds = numbers_of("std", std);
 
-  Tensor out =
-      torch::stable::empty({copies * count, channels, height, width}, dtype, std::nullopt, std::nullopt, std::nullopt,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor out = diversify_result(images, copies, dtype, channels_last);
   if (out.numel() == 0) return out;
 
   const float low = static_cast<float>(-noise_radius), noise_width = static_cast<float>(2 * noise_radius);
@@ -203,16 +157,11 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
 Tensor diversify_backward(Tensor grad, int64_t copies, std::optional<Tensor> scale, std::optional<Tensor> resized,
                           std::optional<Tensor> top, std::optional<Tensor> left, int64_t padded,
                           std::optional<Tensor> std, ScalarType dtype) {
-  check_cpu("grad", grad);
-  check_shape("grad", grad, {-1, -1, -1, -1});
-  floating_dtype("grad", grad.scalar_type());
-  floating_dtype("dtype", dtype);
-  AF_CHECK(copies >= 1 && grad.size(0) % copies == 0, "copies: got ", copies, " for a gradient of ", grad.size(0),
-           " images; allowed is a divisor of that number, at least 1");
+  check_diversify_backward(grad, copies, scale, resized, top, left, padded, std, dtype);
   const int64_t count = grad.size(0) / copies, channels = grad.size(1), height = grad.size(2), width = grad.size(3);
-  const std::vector<double> scales = numbers_of("scale", scale, {copies, count});
-  const auto places = places_of(resized, top, left, padded, {copies, count}, height, width);
-  const std::vector<double> stds = numbers_of("std", std, {channels});
+  const std::vector<double> scales = numbers_of("scale", scale);
+  const auto places = places_of(resized, top, left, padded);
+  const std::vector<double> stds = numbers_of("std", std);
 
   Tensor out = torch::stable::empty({count, channels, height, width}, dtype);
   if (out.numel() == 0) return out;

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "checks/kl_div_with_logits.h"
 #include "common.h"
 
 namespace alignfast {
@@ -17,34 +18,6 @@ namespace {
 constexpr int64_t MAX_GROUPS = 1024;
 // What a row costs whatever its length, in classes.
 constexpr int64_t ROW_COST = 256;
-
-template <class Value>
-struct Choice {
-  const char* name;
-  Value value;
-};
-
-template <class Value, size_t N>
-Value chosen(const char* name, const std::string& given, const std::array<Choice<Value>, N>& choices) {
-  std::string allowed;
-  for (const Choice<Value>& choice : choices) {
-    if (given == choice.name) return choice.value;
-    allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
-  }
-  AF_CHECK(false, name, ": got '", given, "'; allowed is one of ", allowed);
-}
-
-enum class Reduction { batchmean, sum, none };
-enum class Combine { mean, max, min };
-
-constexpr std::array<Choice<Direction>, 4> DIRECTIONS = {{{"forward", Direction::forward},
-                                                          {"reverse", Direction::reverse},
-                                                          {"symmetric", Direction::symmetric},
-                                                          {"jsd", Direction::jsd}}};
-constexpr std::array<Choice<Reduction>, 3> REDUCTIONS = {
-    {{"batchmean", Reduction::batchmean}, {"sum", Reduction::sum}, {"none", Reduction::none}}};
-constexpr std::array<Choice<Combine>, 3> COMBINES = {
-    {{"mean", Combine::mean}, {"max", Combine::max}, {"min", Combine::min}}};
 
 // A batch of logits; the first stride is that of the witnesses.
 struct Logits {
@@ -127,23 +100,9 @@ void store(const Tensor& tensor, int64_t i, double value) {
   }
 }
 
-void check_inputs(const Tensor& student, const Tensor& teacher, double temperature) {
-  check_cpu("student", student);
-  check_cpu("teacher", teacher);
-  check_shape("student", student, {-1, -1});
-  if (teacher.dim() == 3) {
-    check_shape("teacher", teacher, {-1, student.size(0), student.size(1)});
-    AF_CHECK(teacher.size(0) > 0, "teacher: got no witness; allowed is at least one");
-  } else {
-    check_shape("teacher", teacher, {student.size(0), student.size(1)});
-  }
-  AF_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: got ", temperature,
-           "; allowed is a number greater than 0");
-}
-
 std::tuple<Tensor, Tensor> kl_div_with_logits(Tensor student, Tensor teacher, double temperature, std::string direction,
                                               std::string reduction, std::string combine, bool with_gradient) {
-  check_inputs(student, teacher, temperature);
+  check_kl_div_with_logits(student, teacher, temperature);
   const Logits student_logits(student, floating_dtype("student", student.scalar_type()));
   const Logits teacher_logits(teacher, floating_dtype("teacher", teacher.scalar_type()));
   const bool float64 = student_logits.dtype == Dtype::float64 || teacher_logits.dtype == Dtype::float64;
@@ -187,22 +146,10 @@ std::tuple<Tensor, Tensor> kl_div_with_logits(Tensor student, Tensor teacher, do
 }
 
 Tensor kl_div_with_logits_backward(Tensor grad, Tensor gradient, Tensor student) {
-  check_cpu("student", student);
-  check_cpu("grad", grad);
-  check_cpu("gradient", gradient);
-  const Dtype dtype = floating_dtype("student", student.scalar_type());
-  check_shape("student", student, {-1, -1});
-  check_shape("gradient", gradient, {student.size(0), student.size(1)});
-  const ScalarType type = gradient.scalar_type();
-  AF_CHECK(type == ScalarType::Double || type == ScalarType::Float, "gradient: got dtype ", dtype_text(type),
-           "; allowed is float64 or float32");
-  check_dtype("grad", grad, type);
-  AF_CHECK(gradient.is_contiguous(), "gradient: got a tensor that is not contiguous; allowed is a contiguous one");
-  if (grad.dim() != 0) check_shape("grad", grad, {student.size(0)});
-
+  const Dtype dtype = check_kl_div_with_logits_backward(grad, gradient, student);
   const Tensor result = torch::stable::empty({student.size(0), student.size(1)}, student.scalar_type());
   if (result.numel() == 0) return result;
-  const bool float64 = type == ScalarType::Double;
+  const bool float64 = gradient.scalar_type() == ScalarType::Double;
   const auto kernel = AF_KERNEL(kl_div_with_logits_backward);
   const char* from = static_cast<const char*>(gradient.const_data_ptr());
   char* to = static_cast<char*>(result.mutable_data_ptr());

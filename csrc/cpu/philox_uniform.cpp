@@ -1,10 +1,8 @@
 #include "cpu/philox_uniform.h"
 
 #include <algorithm>
-#include <cmath>
-#include <functional>
-#include <numeric>
 
+#include "checks/philox_uniform.h"
 #include "common.h"
 
 namespace alignfast {
@@ -13,30 +11,19 @@ namespace {
 // What a thread takes at a time; a multiple of the four words of a block.
 constexpr int64_t SEGMENT = ELEMENTS_PER_THREAD;
 
-void check_indices(const char* name, const Tensor& indices, int64_t end) {
-  check_cpu(name, indices);
-  check_dtype(name, indices, ScalarType::Long);
-  check_shape(name, indices, {-1});
+void check_all(const char* name, const Tensor& indices, int64_t end) {
   for (const int64_t index : elements_of<int64_t>(indices)) check_range(name, index, end);
 }
 
 Tensor philox_uniform(Tensor images, Tensor copies, std::vector<int64_t> shape, int64_t seed_low, int64_t seed_high,
                       int64_t step, int64_t purpose, double low, double high, std::optional<Tensor> step_offset) {
-  check_indices("images", images, WORD);
-  check_indices("copies", copies, MAX_COPIES);
-  check_range("seed_low", seed_low, WORD);
-  check_range("seed_high", seed_high, WORD);
-  step = step_of("step", step, step_offset);
+  const int64_t elements =
+      check_philox_uniform(images, copies, shape, seed_low, seed_high, step, purpose, low, high, step_offset);
+  check_all("images", images, WORD);
+  check_all("copies", copies, MAX_COPIES);
+  step = step_of(step, step_offset);
   check_range("step", step, WORD);
-  check_range("purpose", purpose, MAX_PURPOSES);
-  for (const int64_t size : shape) AF_CHECK(size >= 0, "shape: got ", size, "; allowed is sizes >= 0");
-  AF_CHECK(low <= high && std::isfinite(low) && std::isfinite(high), "low, high: got ", low, ", ", high,
-           "; allowed is finite numbers with low <= high");
-
   const int64_t image_count = images.size(0), copy_count = copies.size(0);
-  const int64_t elements = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
-  // The number of a block is one word of the counter.
-  AF_CHECK(elements <= 4 * WORD, "shape: got ", elements, " draws; allowed is up to ", 4 * WORD);
   shape.insert(shape.begin(), {copy_count, image_count});
   Tensor out = torch::stable::empty(shape, ScalarType::Float);
   if (out.numel() == 0) return out;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "checks/sign_step.h"
 #include "common.h"
 
 namespace alignfast {
@@ -104,50 +105,9 @@ ImageLayout layout_of(const Tensor& tensor, const std::array<int64_t, 3>& order)
   return layout;
 }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& images) {
-  check_cpu(name, tensor);
-  check_dtype(name, tensor, images.scalar_type());
-  check_shape(name, tensor, {images.sizes().begin(), images.sizes().end()});
-}
-
-void check_written(const char* name, const Tensor& tensor) {
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    AF_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, name, ": got a tensor expanded along dimension ", i,
-             "; allowed is one with memory for every element");
-  }
-}
-
-void check_number(const char* name, double value) {
-  AF_CHECK(value >= 0 && std::isfinite(value), name, ": got ", value, "; allowed is a finite number >= 0");
-}
-
-void check_apart(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-  AF_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != other.const_data_ptr(), name, ", ", other_name,
-           ": got one memory for both; allowed is tensors of their own");
-}
-
 void sign_step(Tensor adv, Tensor images, Tensor grad, std::optional<Tensor> momentum, double alpha, double eps,
                double decay, double low, double high, std::string norm) {
-  check_cpu("images", images);
-  check_shape("images", images, {-1, -1, -1, -1});
-  const Dtype dtype = floating_dtype("images", images.scalar_type());
-  check_like("adv", adv, images);
-  check_like("grad", grad, images);
-  check_written("adv", adv);
-  check_apart("adv", adv, "images", images);
-  check_apart("adv", adv, "grad", grad);
-  if (momentum) {
-    check_like("momentum", *momentum, images);
-    check_written("momentum", *momentum);
-    check_apart("momentum", *momentum, "adv", adv);
-    check_apart("momentum", *momentum, "images", images);
-    check_apart("momentum", *momentum, "grad", grad);
-  }
-  check_number("alpha", alpha);
-  check_number("eps", eps);
-  check_number("decay", decay);
-  AF_CHECK(low <= high, "low, high: got ", low, ", ", high, "; allowed is low <= high");
-  AF_CHECK(norm == "linf" || norm == "l2", "norm: got '", norm, "'; allowed is 'linf' or 'l2'");
+  const Dtype dtype = check_sign_step(adv, images, grad, momentum, alpha, eps, decay, low, high, norm);
   if (images.numel() == 0) return;
 
   const auto order = memory_order(adv);

@@ -2,23 +2,11 @@
 
 #include <algorithm>
 
+#include "checks/smooth.h"
 #include "common.h"
 
 namespace alignfast {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-
-// In the order of channels-last memory and nothing else, as torch tells it: sizes of 1 have no order.
-bool channels_last(const Tensor& images) {
-  if (images.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (images.size(dim) != 1 && images.stride(dim) != expected) return false;
-    expected *= images.size(dim);
-  }
-  return true;
-}
 
 // Taps further out than the image is large see zeros only.
 std::vector<double> clipped(const std::vector<double>& taps, int64_t radius) {
@@ -27,21 +15,14 @@ std::vector<double> clipped(const std::vector<double>& taps, int64_t radius) {
 }
 
 std::vector<double> checked_taps(const Tensor& grad, const Tensor& kernel) {
-  check_cpu("grad", grad);
-  check_cpu("kernel", kernel);
-  check_shape("grad", grad, {-1, -1, -1, -1});
-  check_shape("kernel", kernel, {-1});
-  AF_CHECK(kernel.size(0) % 2 == 1, "kernel: got size ", kernel.size(0), "; allowed is an odd size");
-  floating_dtype("grad", grad.scalar_type());
-  check_dtype("kernel", kernel, grad.scalar_type());
+  check_smooth(grad, kernel);
   return values_of("kernel", kernel);
 }
 
 Tensor smoothed(const Tensor& grad, const std::vector<double>& kernel) {
   const int64_t images = grad.size(0), channels = grad.size(1), height = grad.size(2), width = grad.size(3);
   const bool interleaved = channels_last(grad);
-  Tensor out = torch::stable::empty({images, channels, height, width}, grad.scalar_type(), std::nullopt, std::nullopt,
-                                    std::nullopt, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor out = smooth_result(grad);
   if (out.numel() == 0) return out;
 
   const int64_t radius = std::min(static_cast<int64_t>(kernel.size()) / 2, std::max(height, width) - 1);
