@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OP_LIBRARY = "libalignfast_ops"
+CUDA_LIBRARY = "libalignfast_cuda"
 
 
 class CMakeBuild(build_ext):
@@ -24,9 +25,10 @@ class CMakeBuild(build_ext):
         self.force = True
 
     def get_ext_filename(self, fullname: str) -> str:
-        # The op library is loaded by torch and not by Python, so it has no ABI in its name.
-        filename = super().get_ext_filename(fullname)
-        return f"{Path(filename).parent / OP_LIBRARY}.so" if fullname.endswith(OP_LIBRARY) else filename
+        # The libraries of ops are loaded by torch and not by Python, so they have no ABI in their names.
+        filename = Path(super().get_ext_filename(fullname))
+        name = fullname.rpartition(".")[2]
+        return str(filename.with_name(f"{name}.so") if name in (OP_LIBRARY, CUDA_LIBRARY) else filename)
 
     def build_extension(self, ext: Extension) -> None:
         # Imported here, so that asking for metadata or an sdist needs none of them.
@@ -81,6 +83,11 @@ setup(
     ],
     package_dir={"alignfast.kernels": "kernels"},
     package_data={"alignfast": ["py.typed", "*.pyi", "evaluation/*.j2"]},
-    ext_modules=[Extension("alignfast._C", sources=[]), Extension(f"alignfast.{OP_LIBRARY}", sources=[])],
+    ext_modules=[
+        Extension("alignfast._C", sources=[]),
+        Extension(f"alignfast.{OP_LIBRARY}", sources=[]),
+        # Optional, as nothing is built where there is no nvcc; an error of nvcc is an error all the same.
+        Extension(f"alignfast.{CUDA_LIBRARY}", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -28,6 +28,7 @@ py::dict build_info() {
   info["build_type"] = ALIGNFAST_BUILD_TYPE;
   info["cmake"] = ALIGNFAST_CMAKE;
   info["architecture"] = ALIGNFAST_ARCHITECTURE;
+  info["cuda_architectures"] = ALIGNFAST_CUDA_ARCHITECTURES;
   const std::string cuda_compiler = ALIGNFAST_CUDA_COMPILER;
   info["cuda_compiler"] = cuda_compiler.empty() ? py::object(py::none()) : py::object(py::str(cuda_compiler));
   return info;

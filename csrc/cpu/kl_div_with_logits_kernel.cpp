@@ -2,7 +2,7 @@
 
 #include "cpu/kl_div_with_logits.h"
 #include "cpu/lanes.h"
-#include "cpu/with_type.h"
+#include "with_type.h"
 
 namespace alignfast::AF_ISA {
 

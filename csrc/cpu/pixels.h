@@ -7,7 +7,7 @@
 
 #include "cpu/diversify.h"
 #include "cpu/lanes.h"
-#include "cpu/with_type.h"
+#include "with_type.h"
 
 namespace alignfast {
 namespace {

@@ -7,6 +7,7 @@
 
 #include "checks/sign_step.h"
 #include "common.h"
+#include "layout.h"
 
 namespace alignfast {
 namespace {
@@ -82,27 +83,6 @@ void l2(const SignStepImage& image, const SignStepConfig& config, const Groups& 
       groups.sum([&](int64_t begin, int64_t end) { return move(image, config, largest, length, begin, end); }));
   const double shrink = distance > config.eps ? config.eps / distance : 1.0;
   groups.each([&](int64_t, int64_t begin, int64_t end) { project(image, config, shrink, begin, end); });
-}
-
-// The dimensions of an image from the longest stride to the shortest.
-std::array<int64_t, 3> memory_order(const Tensor& adv) {
-  std::array<int64_t, 3> order = {1, 2, 3};
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return adv.size(b) != 1 && adv.stride(a) > adv.stride(b); });
-  return order;
-}
-
-ImageLayout layout_of(const Tensor& tensor, const std::array<int64_t, 3>& order) {
-  ImageLayout layout;
-  int64_t expected = 1;
-  layout.dense = true;
-  for (int i = 2; i >= 0; --i) {
-    layout.sizes[i] = tensor.size(order[i]);
-    layout.strides[i] = tensor.stride(order[i]);
-    layout.dense = layout.dense && (layout.sizes[i] == 1 || layout.strides[i] == expected);
-    expected *= layout.sizes[i];
-  }
-  return layout;
 }
 
 void sign_step(Tensor adv, Tensor images, Tensor grad, std::optional<Tensor> momentum, double alpha, double eps,

@@ -5,7 +5,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/strided.h"
-#include "math/scalar.h"
+#include "math/sign_step.h"
 
 namespace alignfast {
 
@@ -17,10 +17,6 @@ struct SignStepImage {
   // Null where the step has none.
   void* momentum;
   ImageLayout adv_layout, image_layout, grad_layout, momentum_layout;
-};
-
-struct SignStepConfig {
-  double alpha, eps, decay, low, high;
 };
 
 // Sum of |grad|.

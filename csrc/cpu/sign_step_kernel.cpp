@@ -1,7 +1,7 @@
 #include "cpu/lanes.h"
 #include "cpu/sign_step.h"
-#include "cpu/with_type.h"
 #include "math/sign_step.h"
+#include "with_type.h"
 
 namespace alignfast::AF_ISA {
 

@@ -3,7 +3,7 @@
 #include "cpu/buffer.h"
 #include "cpu/lanes.h"
 #include "cpu/smooth.h"
-#include "cpu/with_type.h"
+#include "with_type.h"
 
 namespace alignfast::AF_ISA {
 

@@ -2,16 +2,9 @@
 
 #pragma once
 
-#include <cstdint>
+#include "math/image_layout.h"
 
 namespace alignfast {
-
-// An image of three dimensions, outermost first, in elements; `dense` where that order is the order of the memory.
-struct ImageLayout {
-  int64_t sizes[3];
-  int64_t strides[3];
-  bool dense;
-};
 
 namespace {
 

@@ -7,7 +7,12 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define AF_HOST_DEVICE __host__ __device__
+#elif defined(ALIGNFAST_EMULATION)
+#include "cuda_emulation.h"
+#define AF_HOST_DEVICE
 #else
 // Always inlined, so that no copy compiled for one instruction set serves another.
 #define AF_HOST_DEVICE __attribute__((always_inline))
@@ -43,6 +48,9 @@ AF_HOST_DEVICE inline float float_of(uint32_t bits) { return __builtin_bit_cast(
 AF_HOST_DEVICE inline double widen(double x) { return x; }
 AF_HOST_DEVICE inline float widen(float x) { return x; }
 AF_HOST_DEVICE inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x) << 16); }
+#if defined(__CUDACC__) || defined(ALIGNFAST_EMULATION)
+AF_HOST_DEVICE inline float widen(Half x) { return __half2float(__ushort_as_half(static_cast<uint16_t>(x))); }
+#else
 AF_HOST_DEVICE inline float widen(Half x) {
   const uint32_t magnitude = static_cast<uint32_t>(x) & 0x7fffu;
   const uint32_t exponent = magnitude & 0x7c00u;
@@ -52,6 +60,7 @@ AF_HOST_DEVICE inline float widen(Half x) {
   const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return float_of((exponent == 0 ? subnormal : normal) | ((static_cast<uint32_t>(x) & 0x8000u) << 16));
 }
+#endif
 
 // To the nearest value of T, ties to even; NaN stays NaN.
 template <class T>
@@ -65,6 +74,17 @@ template <>
 AF_HOST_DEVICE inline float narrow<float>(float x) {
   return x;
 }
+// A GPU has instructions for these.
+#if defined(__CUDACC__) || defined(ALIGNFAST_EMULATION)
+template <>
+AF_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float x) {
+  return static_cast<BFloat16>(__bfloat16_as_ushort(__float2bfloat16_rn(x)));
+}
+template <>
+AF_HOST_DEVICE inline Half narrow<Half>(float x) {
+  return static_cast<Half>(__half_as_ushort(__float2half_rn(x)));
+}
+#else
 template <>
 AF_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float x) {
   const uint32_t bits = bits_of(x);
@@ -83,6 +103,7 @@ AF_HOST_DEVICE inline Half narrow<Half>(float x) {
   return static_cast<Half>(
       static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000u)));
 }
+#endif
 
 // The nearest value of T, still wide.
 template <class T>

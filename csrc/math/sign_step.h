@@ -7,6 +7,10 @@
 
 namespace alignfast {
 
+struct SignStepConfig {
+  double alpha, eps, decay, low, high;
+};
+
 // g / size, and zero where the whole gradient of an image is zero.
 template <class V>
 AF_HOST_DEVICE inline V normalised(V grad, V size) {

@@ -1,4 +1,4 @@
-// From a dtype known at run time to a type. For files compiled per instruction set.
+// From a dtype known at run time to a type. Without external linkage, for files compiled per instruction set.
 
 #pragma once
 
