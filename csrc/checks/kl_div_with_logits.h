@@ -26,7 +26,6 @@ Value chosen(const char* name, const std::string& given, const std::array<Choice
 }
 
 enum class Reduction { batchmean, sum, none };
-enum class Combine { mean, max, min };
 
 constexpr std::array<Choice<Direction>, 4> DIRECTIONS = {{{"forward", Direction::forward},
                                                           {"reverse", Direction::reverse},

@@ -14,9 +14,9 @@ namespace alignfast {
 constexpr int WARP = 32;
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
 
-// Neighbouring elements that a thread takes at once: 32 bytes as they are computed with, 16 or more as they are stored.
+// Neighbouring elements that a thread takes at once, so that they are 16 bytes or more as they are stored.
 template <class V>
-constexpr int PACK = 32 / static_cast<int>(sizeof(V));
+constexpr int PACK = sizeof(V) == sizeof(double) ? 2 : 8;
 
 template <int BYTES>
 struct WordOf {
@@ -25,6 +25,10 @@ struct WordOf {
 template <>
 struct WordOf<8> {
   using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
 };
 
 // From and to an address that is a multiple of 16 bytes, or of the pack where that is less.
@@ -48,6 +52,55 @@ __device__ __forceinline__ void store_pack(const T (&from)[N], T* to) {
   for (int i = 0; i < WORDS; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
 }
 
+// Calls visit with a value of the type, for its type alone. What is computed in float is never stored in double.
+template <class V, class Visit>
+__device__ __forceinline__ void with_stored(Dtype dtype, Visit visit) {
+  if (dtype == Dtype::float32) return visit(float());
+  if (dtype == Dtype::bfloat16) return visit(BFloat16());
+  if (dtype == Dtype::float16) return visit(Half());
+  if constexpr (sizeof(V) == sizeof(double)) visit(double());
+}
+
+// Element `offset` of memory of a dtype that is known at run time, and the pack that begins there.
+template <class V>
+__device__ __forceinline__ V load_value(Dtype dtype, const void* data, int64_t offset) {
+  V value = 0;
+  with_stored<V>(dtype,
+                 [&](auto type) { value = static_cast<V>(widen(static_cast<const decltype(type)*>(data)[offset])); });
+  return value;
+}
+
+template <class V>
+__device__ __forceinline__ void load_values(Dtype dtype, const void* data, int64_t offset, V (&to)[PACK<V>]) {
+  with_stored<V>(dtype, [&](auto type) {
+    decltype(type) stored[PACK<V>];
+    load_pack(static_cast<const decltype(type)*>(data) + offset, stored);
+#pragma unroll
+    for (int i = 0; i < PACK<V>; ++i) to[i] = static_cast<V>(widen(stored[i]));
+  });
+}
+
+template <class V>
+__device__ __forceinline__ void store_value(V value, Dtype dtype, void* data, int64_t offset) {
+  with_stored<V>(dtype, [&](auto type) {
+    using T = decltype(type);
+    static_cast<T*>(data)[offset] = narrow<T>(static_cast<Wide<T>>(value));
+  });
+}
+
+template <class V>
+__device__ __forceinline__ void store_values(const V (&from)[PACK<V>], Dtype dtype, void* data, int64_t offset) {
+  with_stored<V>(dtype, [&](auto type) {
+    using T = decltype(type);
+    T stored[PACK<V>];
+#pragma unroll
+    for (int i = 0; i < PACK<V>; ++i) stored[i] = narrow<T>(static_cast<Wide<T>>(from[i]));
+    store_pack(stored, static_cast<T*>(data) + offset);
+  });
+}
+
+__device__ inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
 struct Sum {
   template <class V>
   __device__ V operator()(V a, V b) const {
@@ -63,22 +116,30 @@ struct Max {
   }
 };
 
+template <class V>
+__device__ __forceinline__ V from_lane_across(V value, int step) {
+  return __shfl_xor_sync(WHOLE_WARP, value, step);
+}
+
+// The fold of one value of each of neighbouring lanes, which all of them get, since a + b and b + a are the same.
+template <int LANES, class V, class Combine>
+__device__ __forceinline__ V lanes_fold(V value, Combine combine) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) value = combine(value, from_lane_across(value, step));
+  return value;
+}
+
 // The fold of one value of every thread, which all threads get; its order depends on the size of the block alone.
 template <int THREADS, class V, class Combine>
 __device__ V block_fold(V value, Combine combine) {
-  AF_SHARED(V, warps, THREADS / WARP);
-#pragma unroll
-  for (int step = WARP / 2; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(WHOLE_WARP, value, step));
-  }
+  constexpr int WARPS = THREADS / WARP;
+  AF_SHARED(V, warps, WARPS);
+  value = lanes_fold<WARP>(value, combine);
   // Threads may still be reading what an earlier fold left here.
   __syncthreads();
   if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = value;
   __syncthreads();
-  value = warps[0];
-#pragma unroll
-  for (int i = 1; i < THREADS / WARP; ++i) value = combine(value, warps[i]);
-  return value;
+  return lanes_fold<WARPS>(warps[threadIdx.x % WARPS], combine);
 }
 
 // The fold of `count` values in memory, likewise.

@@ -68,6 +68,17 @@ class Launcher {
 #endif
   }
 
+  int64_t multiprocessors() const {
+#if defined(__CUDACC__)
+    int count = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, first_.get_device_index());
+    AF_CHECK(error == cudaSuccess, "device ", first_.get_device_index(), ": ", cudaGetErrorString(error));
+    return count;
+#else
+    return 1;
+#endif
+  }
+
  private:
   const Tensor& first_;
 #if defined(__CUDACC__)

@@ -12,6 +12,9 @@ namespace alignfast {
 
 enum class Direction { forward, reverse, symmetric, jsd };
 
+// Of several witnesses.
+enum class Combine { mean, max, min };
+
 // Stands in for -inf, so that a masked class costs a large but finite divergence and a finite gradient.
 constexpr float LOWEST_LOGIT = -1e5f;
 
