@@ -52,27 +52,27 @@ __device__ __forceinline__ void store_pack(const T (&from)[N], T* to) {
   for (int i = 0; i < WORDS; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
 }
 
-// Calls visit with a value of the type, for its type alone. What is computed in float is never stored in double.
-template <class V, class Visit>
+// Calls visit with a value of the type, for its type alone.
+template <class Visit>
 __device__ __forceinline__ void with_stored(Dtype dtype, Visit visit) {
   if (dtype == Dtype::float32) return visit(float());
   if (dtype == Dtype::bfloat16) return visit(BFloat16());
   if (dtype == Dtype::float16) return visit(Half());
-  if constexpr (sizeof(V) == sizeof(double)) visit(double());
+  visit(double());
 }
 
 // Element `offset` of memory of a dtype that is known at run time, and the pack that begins there.
 template <class V>
 __device__ __forceinline__ V load_value(Dtype dtype, const void* data, int64_t offset) {
   V value = 0;
-  with_stored<V>(dtype,
+  with_stored(dtype,
                  [&](auto type) { value = static_cast<V>(widen(static_cast<const decltype(type)*>(data)[offset])); });
   return value;
 }
 
 template <class V>
 __device__ __forceinline__ void load_values(Dtype dtype, const void* data, int64_t offset, V (&to)[PACK<V>]) {
-  with_stored<V>(dtype, [&](auto type) {
+  with_stored(dtype, [&](auto type) {
     decltype(type) stored[PACK<V>];
     load_pack(static_cast<const decltype(type)*>(data) + offset, stored);
 #pragma unroll
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_values(Dtype dtype, const void* data, int64
 
 template <class V>
 __device__ __forceinline__ void store_value(V value, Dtype dtype, void* data, int64_t offset) {
-  with_stored<V>(dtype, [&](auto type) {
+  with_stored(dtype, [&](auto type) {
     using T = decltype(type);
     static_cast<T*>(data)[offset] = narrow<T>(static_cast<Wide<T>>(value));
   });
@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_value(V value, Dtype dtype, void* data, in
 
 template <class V>
 __device__ __forceinline__ void store_values(const V (&from)[PACK<V>], Dtype dtype, void* data, int64_t offset) {
-  with_stored<V>(dtype, [&](auto type) {
+  with_stored(dtype, [&](auto type) {
     using T = decltype(type);
     T stored[PACK<V>];
 #pragma unroll
