@@ -224,12 +224,14 @@ def test_the_operator_and_its_fake_refuse(place, value, message):
     checks.refusal("philox_uniform", tuple(given), message)
 
 
+@pytest.mark.cpu_only
 def test_a_step_in_memory_is_checked_on_the_cpu():
     for number in (-1, 2**32):
         with pytest.raises(RuntimeError, match=rf"^step: got {number}; allowed is 0 to 4294967295"):
             philox_uniform(index(0), index(0), (4,), seed=0, step=torch.tensor(number))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("images", "copies"), [(index(-1), index(0)), (index(2**32), index(0)), (index(0), index(2**24))]
 )
