@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from alignfast.ops import philox_uniform
@@ -52,6 +51,6 @@ class Draws:
 
     def integers(self, purpose: int, low: int | Tensor, high: int | Tensor) -> Tensor:
         """int64 [K, N] in [low, high), and low where the range is empty; bounds may differ by image."""
-        width = torch.as_tensor(high - low)
+        width = high - low
         drawn = (self.uniform(purpose).double() * width).floor().long()
-        return low + torch.minimum(drawn, (width - 1)).clamp(min=0)
+        return low + drawn.clamp(max=width - 1).clamp(min=0)

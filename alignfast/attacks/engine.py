@@ -15,6 +15,7 @@ from alignfast.attacks.draws import FIRST_SLOT, FURTHER_SLOT, START_SLOT, Draws
 from alignfast.attacks.estimators import Estimator, Moment, Plain
 from alignfast.attacks.objectives import CrossEntropy, Objective
 from alignfast.attacks.shaping import Shaping
+from alignfast.attacks.state import State
 from alignfast.attacks.steps import SignStep, StepRule
 from alignfast.attacks.transforms import Transform
 from alignfast.attacks.views import Views
@@ -101,35 +102,41 @@ class Attack:
         return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
 
     def _run(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        adv = self._start(images, indices)
-        momentum = self.step.memory(images)
-        memory: dict[str, Tensor] = {}
+        start, step = self._start_state(images, labels, indices), partial(self._step, source)
         for number in range(self.steps):
-            gradient = partial(self._gradient, source, labels, indices, number)
-            point = self.step.look_ahead(adv, momentum, self.alpha)
-            last = number == self.steps - 1
-            grad = self.estimator.estimate(gradient, Moment(adv, point, self.eps, last, memory))
-            for shaping in self.shaping:
-                grad = shaping.shape(grad)
-            self.step.update(adv, images, grad, momentum, self.alpha, self.eps)
-        return adv
+            step(start, number == self.steps - 1)
+        return start.adv
 
-    def _start(self, images: Tensor, indices: Tensor) -> Tensor:
+    def _start_state(self, images: Tensor, labels: Tensor, indices: Tensor) -> State:
+        number = torch.zeros((), dtype=torch.int64, device=images.device)
+        return State(
+            images=images,
+            labels=labels,
+            indices=indices,
+            adv=self._start(images, indices, number),
+            number=number,
+            momentum=self.step.memory(images),
+            memory=self.estimator.memory(images),
+        )
+
+    def _step(self, source: Classifier, state: State, last: bool) -> None:
+        """One step, in place. Nothing here may wait for the device or depend on how many steps came before."""
+        point = self.step.look_ahead(state.adv, state.momentum, self.alpha)
+        moment = Moment(state.adv, point, self.eps, last, state.memory)
+        grad = self.estimator.estimate(partial(self._gradient, source, state), moment)
+        for shaping in self.shaping:
+            grad = shaping.shape(grad)
+        self.step.update(state.adv, state.images, grad, state.momentum, self.alpha, self.eps)
+        state.number.add_(1)
+
+    def _start(self, images: Tensor, indices: Tensor, number: Tensor) -> Tensor:
         if not self.random_start:
             return images.clone()
-        draws = Draws(self.seed, 0, indices, torch.zeros_like(indices[:1]), START_SLOT)
+        draws = Draws(self.seed, number, indices, torch.zeros_like(indices[:1]), START_SLOT)
         noise = draws.uniform(shape=tuple(images.shape[1:]), low=-self.eps, high=self.eps)[0]
         return (images + noise).clamp_(0, 1)
 
-    def _gradient(
-        self,
-        source: Classifier,
-        labels: Tensor,
-        indices: Tensor,
-        number: int,
-        point: Tensor,
-        before: Sequence[Transform],
-    ) -> Tensor:
+    def _gradient(self, source: Classifier, state: State, point: Tensor, before: Sequence[Transform]) -> Tensor:
         chain = (*before, *self.transforms)
         total = math.prod(transform.copies for transform in chain)
         if total > MAX_COPY:
@@ -138,8 +145,8 @@ class Attack:
         grad = torch.zeros_like(point)
         for first in range(0, total, together):
             copies = torch.arange(first, min(first + together, total), device=point.device)
-            draws = Draws(self.seed, number, indices, copies, FURTHER_SLOT if before else FIRST_SLOT)
-            grad += self._gradient_of(source, labels, point, chain, draws)
+            draws = Draws(self.seed, state.number, state.indices, copies, FURTHER_SLOT if before else FIRST_SLOT)
+            grad += self._gradient_of(source, state.labels, point, chain, draws)
         return grad / total
 
     def _gradient_of(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,17 +21,22 @@ class Moment:
     """Where an attack stands.
 
     adv: [N, C, H, W], the images so far. point: the same, or ahead of it where the step rule looks ahead.
-    last: no step follows this one. memory: what an estimator keeps between the steps of one call.
+    last: no step follows this one. memory: what the estimator keeps between the steps of one call, to be changed in
+    place.
     """
 
     adv: Tensor
     point: Tensor
     eps: float
     last: bool
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor]
 
 
 class Estimator(Protocol):
+    def memory(self, images: Tensor) -> dict[str, Tensor]:
+        """What the estimator keeps, before the first step; empty if nothing, and then `last` makes no difference."""
+        ...
+
     def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
         """The gradient [N, C, H, W] to follow from `moment.adv`."""
         ...
@@ -40,6 +45,9 @@ class Estimator(Protocol):
 @dataclass(frozen=True)
 class Plain:
     """The gradient at the point itself."""
+
+    def memory(self, images: Tensor) -> dict[str, Tensor]:
+        return {}
 
     def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
         return gradient(moment.point, ())
@@ -63,11 +71,14 @@ class VarianceTuning:
         check_count("neighbors", self.neighbors)
         check_number("beta", self.beta, low=0.0)
 
+    def memory(self, images: Tensor) -> dict[str, Tensor]:
+        return {"variance": torch.zeros_like(images)}
+
     def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
-        here = gradient(moment.point, ())
-        variance = moment.memory.get("variance", torch.zeros_like(here))
+        here, variance = gradient(moment.point, ()), moment.memory["variance"]
+        tuned = here + variance
         # The variance of the last step would serve no other.
         if not moment.last:
             around = gradient(moment.adv, (Neighbors(self.neighbors, self.beta * moment.eps),))
-            moment.memory["variance"] = around - here
-        return here + variance
+            torch.sub(around, here, out=variance)
+        return tuned

@@ -344,12 +344,14 @@ def test_variance_tuning_follows_the_gradient_and_the_last_variance() -> None:
         asked.append((float(point.mean()), before))
         return torch.full_like(point, 10.0 if before else float(point.mean()))
 
-    memory: dict[str, Tensor] = {}
     rule = VarianceTuning(4, 1.5)
     adv, point = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 2.0)
+    memory = rule.memory(adv)
+    (place,) = (tensor.data_ptr() for tensor in memory.values())
     assert rule.estimate(gradient, Moment(adv, point, 0.1, False, memory)).item() == 2.0
     assert rule.estimate(gradient, Moment(adv, point, 0.1, False, memory)).item() == 2.0 + (10.0 - 2.0)
     assert rule.estimate(gradient, Moment(adv, point + 1, 0.1, True, memory)).item() == 3.0 + (10.0 - 2.0)
+    assert [tensor.data_ptr() for tensor in memory.values()] == [place]
     # Neighbours are those of the images so far, and none are asked for at the last step.
     around = (Neighbors(4, 1.5 * 0.1),)
     assert asked == [(2.0, ()), (1.0, around), (2.0, ()), (1.0, around), (3.0, ())]

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from alignfast.attacks import (
     PRESETS,
@@ -24,65 +21,9 @@ from alignfast.attacks import (
 from alignfast.attacks.draws import Draws
 from alignfast.attacks.estimators import Gradient, Moment
 from alignfast.models import Classifier, Ensemble, as_classifier
+from tests.attacks.samples import CHANNELS, CLASSES, SIDE, Halving, Network, build, labels_of, made, photos
 
-CHANNELS, SIDE, CLASSES = 2, 8, 3
 RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
-
-
-class Halving(nn.Module):
-    """A network whose arithmetic is elementwise throughout, so that no sum's order depends on the batch size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        weight = torch.randn((CLASSES, CHANNELS * SIDE * SIDE), generator=generator, dtype=torch.float64)
-        self.weight = nn.Parameter(weight)
-        self.batches: list[int] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.batches.append(len(images))
-        flat = images.flatten(1)
-        # Couples the pixels of an image, so that a pixel's gradient depends on the others.
-        flat = flat + 0.5 * flat * flat.roll(1, 1)
-        return torch.stack([self._sum(flat * row) for row in self.weight], 1)
-
-    def _sum(self, x: Tensor) -> Tensor:
-        while x.shape[1] > 1:
-            half = x.shape[1] // 2
-            x = x[:, :half] + x[:, half:]
-        return x[:, 0] / 8
-
-
-def photos(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand((count, CHANNELS, SIDE, SIDE), generator=torch.Generator().manual_seed(5), dtype=dtype)
-
-
-def labels_of(count: int) -> Tensor:
-    return torch.arange(count) % CLASSES
-
-
-def build(name: str, model: nn.Module, **options: Any) -> Attack:
-    return create(name, model, eps=0.1, **({} if name == "fgsm" else {"alpha": 0.03, "steps": 4}), **options)
-
-
-def everything(model: nn.Module, **options: Any) -> Attack:
-    """All components at once, and two that draw for every copy."""
-    return Attack(
-        model,
-        eps=0.1,
-        alpha=0.03,
-        steps=3,
-        transforms=[InputDiversity(0.7, 0.7), Scales(2), Neighbors(2, 0.05), InputDiversity(1.3, 0.7)],
-        shaping=[Smoothing("linear", 3)],
-        estimator=VarianceTuning(2, 1.5),
-        step=SignStep(1.0, nesterov=True),
-        random_start=True,
-        **options,
-    )
-
-
-def made(name: str, model: nn.Module, **options: Any) -> Attack:
-    return everything(model, **options) if name == "everything" else build(name, model, **options)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "everything"])
@@ -170,22 +111,6 @@ def test_two_images_have_their_own_geometry_and_noise() -> None:
     assert covered[0] != covered[1]
 
 
-class Network(nn.Module):
-    """Batch norm, dropout and a module that was put into evaluation mode by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(CHANNELS, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(144, CLASSES)
-        )
-        self.modes: list[bool] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.modes += [module.training for module in self.modules()]
-        result: Tensor = self.layers(images)
-        return result
-
-
 @pytest.mark.parametrize("name", [*PRESETS, "everything"])
 def test_nothing_outside_is_changed(name: str) -> None:
     torch.manual_seed(0)
@@ -260,6 +185,9 @@ class Recorder:
     def __init__(self) -> None:
         self.grads: list[Tensor] = []
 
+    def memory(self, images: Tensor) -> dict[str, Tensor]:
+        return {}
+
     def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
         self.grads.append(gradient(moment.point, ()))
         return self.grads[-1]
@@ -328,61 +256,6 @@ def test_members_see_the_same_views(combine: Any) -> None:
     build("difgsm", Ensemble([Recording(0), Recording(1)], combine))(photos(2), labels_of(2))
     assert len(seen[0]) == len(seen[1]) == 4
     assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "_unique2", "is_nonzero")
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for the device: values read by the host, and copies between devices."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put_") and any(leaf.dtype == torch.bool for leaf in tensors(args[1]))
-        waiting = masked or name in WAITING
-        assert not waiting, f"{name} waits for the device"
-        result = func(*args, **(kwargs or {}))
-        devices = {leaf.device for leaf in tensors((args, kwargs, result))}
-        # A scalar of the host may be an operand on any device: it goes along with the kernel's arguments.
-        copying = name in ("_to_copy", "copy_", "index", "index_put_", "lift_fresh")
-        assert not (copying and len(devices) > 1), f"{name} copies between {devices}"
-        return result
-
-
-def test_the_check_for_waiting_sees_what_it_should() -> None:
-    x = torch.ones(3)
-    for waiting in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool((x > 0).any())):
-        with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
-            waiting()
-    with NoWaiting(), pytest.raises(AssertionError, match="copies between"):
-        x.to("meta")
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
-def test_nothing_in_the_loop_waits_for_the_device(name: str, device: str) -> None:
-    """On "meta" tensors a value cannot be read at all, and whatever is made on the host stands out by its device."""
-    source = Classifier(Network().eval(), (0.5, 0.5), (0.2, 0.2), CLASSES).to(device)
-    attack = made(name, source)
-    images, labels, indices = photos(2, torch.float32).to(device), labels_of(2).to(device), torch.arange(2).to(device)
-    with NoWaiting():
-        adv = attack._run(source, images, labels, indices)
-    assert adv.device.type == device
-    assert adv.shape == images.shape
-
-
-@pytest.mark.parametrize("combine", ["logits", "probabilities", "losses"])
-def test_ensembles_do_not_wait_for_the_device(combine: Any) -> None:
-    source = Ensemble([Network().eval(), Network().eval()], combine).to("meta")
-    images, labels, indices = photos(2, torch.float32).to("meta"), labels_of(2).to("meta"), torch.arange(2).to("meta")
-    with NoWaiting():
-        assert build("vnifgsm", source)._run(source, images, labels, indices).shape == images.shape
 
 
 class Counting(nn.Module):
@@ -538,7 +411,7 @@ def test_no_two_draws_of_a_step_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
     def purpose(self: Draws, number: int) -> int:
         key = original(self, number)
-        drawn.append((self.step, key))
+        drawn.append((int(self.step), key))
         return key
 
     monkeypatch.setattr(Draws, "purpose", purpose)

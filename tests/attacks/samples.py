@@ -1,0 +1,93 @@
+"""Small models, images and attacks that several tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignfast.attacks import (
+    Attack,
+    InputDiversity,
+    Neighbors,
+    Scales,
+    SignStep,
+    Smoothing,
+    VarianceTuning,
+    create,
+)
+
+CHANNELS, SIDE, CLASSES = 2, 8, 3
+
+
+class Halving(nn.Module):
+    """A network whose arithmetic is elementwise throughout, so that no sum's order depends on the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.randn((CLASSES, CHANNELS * SIDE * SIDE), generator=generator, dtype=torch.float64)
+        self.weight = nn.Parameter(weight)
+        self.batches: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        flat = images.flatten(1)
+        # Couples the pixels of an image, so that a pixel's gradient depends on the others.
+        flat = flat + 0.5 * flat * flat.roll(1, 1)
+        return torch.stack([self._sum(flat * row) for row in self.weight], 1)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        while x.shape[1] > 1:
+            half = x.shape[1] // 2
+            x = x[:, :half] + x[:, half:]
+        return x[:, 0] / 8
+
+
+def photos(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand((count, CHANNELS, SIDE, SIDE), generator=torch.Generator().manual_seed(5), dtype=dtype)
+
+
+def labels_of(count: int) -> Tensor:
+    return torch.arange(count) % CLASSES
+
+
+def build(name: str, model: nn.Module, **options: Any) -> Attack:
+    return create(name, model, eps=0.1, **({} if name == "fgsm" else {"alpha": 0.03, "steps": 4}), **options)
+
+
+def everything(model: nn.Module, **options: Any) -> Attack:
+    """All components at once, and two that draw for every copy."""
+    return Attack(
+        model,
+        eps=0.1,
+        alpha=0.03,
+        steps=3,
+        transforms=[InputDiversity(0.7, 0.7), Scales(2), Neighbors(2, 0.05), InputDiversity(1.3, 0.7)],
+        shaping=[Smoothing("linear", 3)],
+        estimator=VarianceTuning(2, 1.5),
+        step=SignStep(1.0, nesterov=True),
+        random_start=True,
+        **options,
+    )
+
+
+def made(name: str, model: nn.Module, **options: Any) -> Attack:
+    return everything(model, **options) if name == "everything" else build(name, model, **options)
+
+
+class Network(nn.Module):
+    """Batch norm, dropout and a module that was put into evaluation mode by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(CHANNELS, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(144, CLASSES)
+        )
+        self.modes: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.modes += [module.training for module in self.modules()]
+        result: Tensor = self.layers(images)
+        return result
