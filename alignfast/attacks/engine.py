@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignfast.attacks.draws import FIRST_SLOT, FURTHER_SLOT, START_SLOT, Draws
 from alignfast.attacks.estimators import Estimator, Moment, Plain
+from alignfast.attacks.graph import CAPTURES, Graphs
 from alignfast.attacks.objectives import CrossEntropy, Objective
 from alignfast.attacks.shaping import Shaping
 from alignfast.attacks.state import State
@@ -45,6 +46,10 @@ class Attack:
         random_start: start at a uniform point of the ball instead of the image.
         max_batch: the most views that go through the model together; None for all. The views of one copy number are
             never split, so at least as many go as there are images. Changes memory, and results by rounding only.
+        cuda_graph: on CUDA, record a step with the model's passes as one CUDA graph for each of the last few shapes of
+            images, and replay it. What the model computes in Python is recorded once: weights may change in place or
+            be replaced, but a model or component whose Python code does something else from call to call needs False,
+            as does one that waits for the device or copies from the host. Changes no result, and nothing elsewhere.
 
     Raises:
         ValueError: a number outside its range. TypeError: a source that is no module.
@@ -62,6 +67,8 @@ class Attack:
     objective: Objective = CROSS_ENTROPY
     random_start: bool = False
     max_batch: int | None = None
+    cuda_graph: bool = True
+    _graphs: Graphs = field(init=False, repr=False, default_factory=Graphs)
 
     def __post_init__(self) -> None:
         as_classifier(self.source)
@@ -84,7 +91,7 @@ class Attack:
             indices: int64 [N], the images' indices in their data set, in [0, 2^32); positions in the batch if None.
 
         Raises:
-            ValueError, TypeError: bad input, before any model runs.
+            ValueError, TypeError: bad input, before any model runs. RuntimeError: a CUDA graph cannot hold the step.
         """
         source = as_classifier(self.source)
         self._check(source, images, labels, indices)
@@ -97,12 +104,15 @@ class Attack:
 
     def parameters(self) -> dict[str, Any]:
         """Everything but the source, by name; components as their own text."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "source"}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.init and item.name != "source"}
         plain = (int, float, type(None))
         return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
 
     def _run(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         start, step = self._start_state(images, labels, indices), partial(self._step, source)
+        capture = CAPTURES.get(images.device.type) if self.cuda_graph else None
+        if capture is not None:
+            return self._graphs.run(source, start, step, self.steps, capture)
         for number in range(self.steps):
             step(start, number == self.steps - 1)
         return start.adv

@@ -25,11 +25,12 @@ STEPS = 10
 
 
 class Options(TypedDict, total=False):
-    """seed: of all draws. targeted: labels are the classes to reach. max_batch: see `Attack`."""
+    """seed: of all draws. targeted: labels are the classes to reach. max_batch, cuda_graph: see `Attack`."""
 
     seed: int
     targeted: bool
     max_batch: int | None
+    cuda_graph: bool
 
 
 def FGSM(source: nn.Module, eps: float = EPS, **options: Unpack[Options]) -> Attack:
@@ -195,7 +196,7 @@ def parameters_of(name: str) -> dict[str, Any]:
     """The parameters that a preset takes besides its source, with their defaults."""
     given = inspect.signature(PRESETS[name.lower()]).parameters.values()
     own = {p.name: p.default for p in given if p.name != "source" and p.kind is not p.VAR_KEYWORD}
-    return {**own, "seed": 0, "targeted": False, "max_batch": None}
+    return {**own, "seed": 0, "targeted": False, "max_batch": None, "cuda_graph": True}
 
 
 def _attack(
@@ -206,8 +207,6 @@ def _attack(
     *,
     seed: int = 0,
     targeted: bool = False,
-    max_batch: int | None = None,
     **components: Any,
 ) -> Attack:
-    objective = CrossEntropy(targeted)
-    return Attack(source, eps, alpha, steps, seed, objective=objective, max_batch=max_batch, **components)
+    return Attack(source, eps, alpha, steps, seed, objective=CrossEntropy(targeted), **components)

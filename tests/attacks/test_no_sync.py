@@ -98,7 +98,7 @@ def test_every_tensor_of_a_step_is_on_the_gpu(name: str, monkeypatch: pytest.Mon
         return (torch.ones_like(leaf),)
 
     monkeypatch.setattr(torch.autograd, "grad", grad_of)
-    attack = made(name, Network())
+    attack = made(name, Network(), cuda_graph=False)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
         with torch.device("cuda"):
             source = Classifier(Network().eval(), (0.5, 0.5), (0.2, 0.2), CLASSES)
