@@ -26,7 +26,7 @@ STAMPS := $(VENV)/.alignfast
 DEPENDENCIES := $(STAMPS)/dependencies
 BUILT := $(STAMPS)/built-$(firstword $(shell pwd | cksum))
 NATIVE_SOURCES := $(shell find csrc -type f)
-CLANG_FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard tests/native/*.cpp)
+CLANG_FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard tests/native/*.cpp tests/native/emulation/*)
 
 help:
 	@echo 'make test     linters, type checker and tests, also under the sanitizers'

@@ -2,11 +2,13 @@
 
     python tests/native/every_op.py [THREADS]
 
+ALIGNFAST_EMULATED may name a library whose kernels serve instead of the CPU's.
 Needs torch alone: the package is taken without its __init__, which would import the models.
 """
 
 import hashlib
 import json
+import os
 import sys
 import types
 from itertools import product
@@ -138,6 +140,8 @@ OPS = [sign_step, philox_uniform, smooth, kl_div_with_logits, diversify]
 def main():
     if len(sys.argv) > 1:
         torch.set_num_threads(int(sys.argv[1]))
+    if "ALIGNFAST_EMULATED" in os.environ:
+        torch.ops.load_library(os.environ["ALIGNFAST_EMULATED"])
     print(json.dumps({op.__name__: dict(op()) for op in OPS}))
 
 
