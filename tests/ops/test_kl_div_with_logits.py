@@ -267,6 +267,7 @@ def test_samples_do_not_see_each_other():
     assert torch.equal(whole, torch.cat(parts))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", [(40, 1000), (3, 21841), (1500, 33)])
 def test_the_number_of_threads_does_not_matter(shape, direction):
@@ -392,6 +393,7 @@ def test_a_second_derivative_is_refused():
             gradient.square().sum().backward()
 
 
+@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_it_compiles_in_one_graph_forward_and_backward(autocast):
     layer = torch.nn.Linear(6, 9)
@@ -441,7 +443,7 @@ def test_the_op_and_its_fake_refuse_bad_input(change, message):
         "with_gradient": True,
         **change,
     }
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         op(**arguments)
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
         op(
@@ -463,7 +465,7 @@ def test_the_op_and_its_fake_refuse_bad_input(change, message):
 )
 def test_the_backward_op_and_its_fake_refuse_bad_input(change, message):
     arguments = {"grad": torch.ones(()), "gradient": torch.ones(2, 3), "student": torch.ones(2, 3), **change}
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         torch.ops.alignfast.kl_div_with_logits_backward(**arguments)
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
         torch.ops.alignfast.kl_div_with_logits_backward(**{k: mode.from_tensor(v) for k, v in arguments.items()})

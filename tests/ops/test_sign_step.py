@@ -291,12 +291,13 @@ def test_the_operator_and_its_fake_refuse(place, value, message):
 def test_one_memory_for_two_tensors_is_refused(one, other):
     tensors = dict(zip(("adv", "images", "grad", "momentum"), inputs((2, 3, 4, 4), 31, torch.float32), strict=True))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    with pytest.raises(RuntimeError, match=f"^{one}, {other}: got one memory for both"):
+    with pytest.raises((RuntimeError, ValueError), match=f"^{one}, {other}: got one memory for both"):
         sign_step(**{**tensors, one: tensors[other]}, **NUMBERS)
     for name, tensor in tensors.items():
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(1, 3, 130, 131), (9, 3, 33, 35)])
 def test_threads_change_nothing(shape, norm):
@@ -310,6 +311,7 @@ def test_threads_change_nothing(shape, norm):
     checks.same_on_any_thread_count(compute)
 
 
+@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("momentum", [False, True])
 def test_it_compiles_whole(momentum):
     given = inputs((3, 3, 6, 7), 33, torch.float32, momentum)

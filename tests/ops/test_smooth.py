@@ -165,11 +165,13 @@ def test_channels_last_stays_channels_last():
         assert smooth(layout(grad), kernel).is_contiguous()
 
 
+@pytest.mark.cpu_only
 def test_threads_change_nothing():
     grad, kernel = cases.normal((5, 3, 67, 70), 22, torch.float32), cases.random((15,), 23, torch.float32)
     checks.same_on_any_thread_count(lambda: [smooth(grad, kernel)])
 
 
+@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last])
 def test_it_compiles_whole(layout):
     kernel = cases.random((5,), 24, torch.float32)
