@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from alignfast import ops
 from alignfast._C import cpu_isa
-from alignfast.native import NATIVE_DEVICES
+from alignfast.native import CUDA_BACKEND, CUDA_PATH, FORCED, NATIVE_DEVICES
 
 # The known answer of Philox4x32-10 to a counter and key of zeros, from its authors' Random123 library (kat_vectors).
 PHILOX_ZEROS = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
@@ -31,7 +33,7 @@ def chosen(device: str) -> str:
     """What serves the ops there: for the CPU's own kernels with the instruction set they are of."""
     if device not in NATIVE_DEVICES:
         return "reference"
-    return f"native ({cpu_isa()})" if device == "cpu" else "native"
+    return f"native ({cpu_isa()})" if device == "cpu" else CUDA_BACKEND.name
 
 
 def cpu_backend() -> dict[str, Any]:
@@ -55,8 +57,28 @@ def cpu_backend() -> dict[str, Any]:
 
 
 def cuda_backend() -> dict[str, Any]:
-    """The library of CUDA kernels, and the device that torch sees."""
-    return {"built": False, "loads": False, "archs": [], "device": cuda_device()}
+    """The library of CUDA kernels: what it has code for, whether it loads or why not, and the device that torch sees."""
+    reason = None if CUDA_BACKEND.name == "cuda" else CUDA_BACKEND.passed_over.get("cuda") or _reason_not_to_load()
+    return {
+        "built": CUDA_PATH.exists(),
+        "loads": reason is None,
+        "archs": _build_info()["cuda_architectures"].split() if CUDA_PATH.exists() else [],
+        "device": cuda_device(),
+        "reason": reason,
+    }
+
+
+def _reason_not_to_load() -> str | None:
+    """Tried in a process of its own, since kernels that are loaded take the place of those that serve here."""
+    program = "from alignfast.native import use_cuda; use_cuda()"
+    environment = os.environ | {FORCED: "reference"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    return None if run.returncode == 0 else run.stderr.strip().rpartition("\n")[2]
+
+
+def _build_info() -> dict[str, Any]:
+    info: dict[str, Any] = importlib.import_module("alignfast._C").build_info()
+    return info
 
 
 def triton_backend() -> dict[str, Any]:
@@ -75,26 +97,31 @@ def cuda_device() -> str | None:
 
 
 def self_test() -> dict[str, str]:
-    """Every op on a tiny input against an answer that was found another way: "ok", or what went wrong."""
-    return {name: _outcome(check) for name, check in SELF_TESTS.items()}
+    """Every op on a tiny input against an answer that was found another way: "ok", or what went wrong.
+
+    On the CPU, and on the current CUDA device if there is one.
+    """
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {name: _outcome(check, devices) for name, check in SELF_TESTS.items()}
 
 
-def _outcome(check: Callable[[], None]) -> str:
+def _outcome(check: Callable[[str], None], devices: list[str]) -> str:
     # Whatever an op raises is the finding; the remaining ops are still to be tested.
-    try:
-        check()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    for device in devices:
+        try:
+            check(device)
+        except Exception as error:
+            return f"{'' if device == 'cpu' else f'on {device}: '}{type(error).__name__}: {error}"
     return "ok"
 
 
-def _check_kl_div_with_logits() -> None:
+def _check_kl_div_with_logits(device: str) -> None:
     """Loss and gradient against torch's own divergence in float64."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 4, 11, generator=generator) * 3
     temperature = 2.5
-    given, expected = (student.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
-    loss = ops.kl_div_with_logits(given, teacher, temperature)
+    given, expected = student.to(device).requires_grad_(), student.double().requires_grad_()
+    loss = ops.kl_div_with_logits(given, teacher.to(device), temperature)
     (gradient,) = torch.autograd.grad(loss, given)
     log_q = (expected / temperature).log_softmax(-1)
     log_p = (teacher.double() / temperature).log_softmax(-1)
@@ -104,16 +131,21 @@ def _check_kl_div_with_logits() -> None:
     _compare("gradient", gradient, wanted_gradient, 1e-5)
 
 
-def _check_diversify() -> None:
+def _check_diversify(device: str) -> None:
     """Resize, pad and normalise against interpolation and padding in float64, and the gradient against copies of it."""
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(2, 3, 8, 8, generator=generator)
     scale = torch.tensor([[1.0, 0.5], [0.25, 1.0]])
     resized, top, left = torch.tensor([[[6, 5], [7, 0]], [[1, 0], [0, 0]], [[0, 2], [1, 0]]])
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
-    given, expected = (images.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    given, expected = images.to(device).requires_grad_(), images.double().requires_grad_()
     batch = ops.diversify(
-        given, copies=2, scale=scale, resize_pad=ops.ResizePad(resized, top, left, 8), mean=mean, std=std
+        given,
+        copies=2,
+        scale=scale.to(device),
+        resize_pad=ops.ResizePad(resized.to(device), top.to(device), left.to(device), 8),
+        mean=mean.to(device),
+        std=std.to(device),
     )
     rows = []
     for k in range(2):
@@ -126,42 +158,41 @@ def _check_diversify() -> None:
             rows.append((view - mean.double()[:, None, None]) / std.double()[:, None, None])
     wanted = torch.cat(rows)
     weight = torch.rand(wanted.shape, generator=generator)
-    (gradient,) = torch.autograd.grad((batch * weight).sum(), given)
+    (gradient,) = torch.autograd.grad((batch * weight.to(device)).sum(), given)
     (wanted_gradient,) = torch.autograd.grad((wanted * weight.double()).sum(), expected)
     _compare("batch", batch.detach(), wanted.detach(), 1e-5)
     _compare("gradient", gradient, wanted_gradient, 1e-5)
 
 
-def _check_sign_step() -> None:
+def _check_sign_step(device: str) -> None:
     """Four pixels by hand: a plain step, one that projection shortens, one that the clamp shortens, one at rest."""
-    images = torch.tensor([0.5, 0.5, 0.99, 0.5]).reshape(1, 1, 2, 2)
-    adv = torch.tensor([0.5, 0.55, 0.99, 0.5]).reshape(1, 1, 2, 2)
-    grad = torch.tensor([-1.0, 2.0, 5.0, 0.0]).reshape(1, 1, 2, 2)
-    momentum = torch.tensor([0.25, 0.0, 0.0, 0.0]).reshape(1, 1, 2, 2)
+    images, adv, grad, momentum = (
+        torch.tensor(pixels, device=device).reshape(1, 1, 2, 2)
+        for pixels in ([0.5, 0.5, 0.99, 0.5], [0.5, 0.55, 0.99, 0.5], [-1.0, 2.0, 5.0, 0.0], [0.25, 0.0, 0.0, 0.0])
+    )
     ops.sign_step(adv, images, grad, momentum, alpha=0.04, eps=0.0625, decay=0.5)
     # The mean of |grad| is 2, so momentum becomes 0.5 * 0.25 - 0.5 = -0.375, 1, 2.5, 0.
     _compare("momentum", momentum.flatten(), torch.tensor([-0.375, 1.0, 2.5, 0.0]), 1e-6)
     _compare("adv", adv.flatten(), torch.tensor([0.46, 0.5625, 1.0, 0.5]), 1e-6)
 
 
-def _check_smooth() -> None:
+def _check_smooth(device: str) -> None:
     """Against a dense convolution with the outer product in float64; the kernel is lopsided to tell flips apart."""
     generator = torch.Generator().manual_seed(2)
     grad = torch.randn(2, 3, 7, 6, generator=generator)
     kernel = torch.tensor([0.1, 0.2, 0.4, 0.25, 0.05])
     dense = torch.outer(kernel.double(), kernel.double()).expand(3, 1, 5, 5)
     wanted = torch.nn.functional.conv2d(grad.double(), dense, padding=2, groups=3)
-    _compare("smoothed", ops.smooth(grad, kernel), wanted, 1e-5)
+    _compare("smoothed", ops.smooth(grad.to(device), kernel.to(device)), wanted, 1e-5)
 
 
-def _check_philox_uniform() -> None:
+def _check_philox_uniform(device: str) -> None:
     """The authors' known answer, then Philox in Python's own integers where every field of counter and key counts."""
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
     _compare("known answer", ops.philox_uniform(zero, zero, (4,), seed=0)[0, 0], _unit(PHILOX_ZEROS), 0.0)
     images, copies, step, purpose, seed = (3, 2**32 - 1), (0, 70000), 9, 5, 0xA4093822299F31D0
-    draws = ops.philox_uniform(
-        torch.tensor(images), torch.tensor(copies), (2, 3), seed=seed, step=step, purpose=purpose, low=-1.0, high=3.0
-    )
+    indices, numbers = torch.tensor(images, device=device), torch.tensor(copies, device=device)
+    draws = ops.philox_uniform(indices, numbers, (2, 3), seed=seed, step=step, purpose=purpose, low=-1.0, high=3.0)
     key = (seed & 0xFFFFFFFF, seed >> 32)
     for k, copy in enumerate(copies):
         for n, image in enumerate(images):
@@ -185,7 +216,7 @@ def _unit(words: tuple[int, ...]) -> Tensor:
     return torch.tensor([(word >> 8) / 2**24 for word in words], dtype=torch.float64)
 
 
-SELF_TESTS: dict[str, Callable[[], None]] = {
+SELF_TESTS: dict[str, Callable[[str], None]] = {
     "kl_div_with_logits": _check_kl_div_with_logits,
     "diversify": _check_diversify,
     "sign_step": _check_sign_step,
@@ -197,7 +228,7 @@ SELF_TESTS: dict[str, Callable[[], None]] = {
 def _compare(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
     if got.shape != wanted.shape:
         raise ArithmeticError(f"{name} has shape {list(got.shape)}, expected {list(wanted.shape)}")
-    error = float((got.double() - wanted.double()).abs().max())
+    error = float((got.cpu().double() - wanted.double()).abs().max())
     # Written so that NaN fails too.
     if not error <= tolerance:
         raise ArithmeticError(f"{name} is off by {error:.3g}, allowed is {tolerance:g}")

@@ -8,10 +8,10 @@ it is built there first.
 import torch
 import triton
 import triton.language as tl
-
 from alignfast.kernels.launch import Choice, blocks_of, for_elements, for_pixels, launch
 from alignfast.kernels.philox_uniform import check_draws, philox_stream, uniform_at, uniform_in_fours
 from alignfast.kernels.scalar import divide, flat_offset, is_flat, narrow, wide_dtype, widen
+
 from alignfast.ops.diversify import _check, _check_backward
 
 # Positions of a table that a program makes at a time, and those it looks at to find the first that takes from a pixel.
@@ -201,8 +201,8 @@ def _place_of(places, padded, row, dimension):
     top = tl.load(places[1] + row)
     left = tl.load(places[2] + row)
     room = padded - resized
-    inside = (0 <= top) & (top <= room) & (0 <= left) & (left <= room)
-    allowed = (0 <= resized) & (0 <= room) & ((resized == 0) | inside)
+    inside = (top >= 0) & (top <= room) & (left >= 0) & (left <= room)
+    allowed = (resized >= 0) & (room >= 0) & ((resized == 0) | inside)
     return resized, tl.where(dimension == 0, top, left), allowed
 
 
@@ -220,7 +220,7 @@ def _bilinear_taps(point, size, weight):
 def _resize_taps(position, size, resized, offset, weight):
     """Those of a position in the padded image; in the padding all weights are zero."""
     inner = position - offset
-    inside = (0 <= inner) & (inner < resized)
+    inside = (inner >= 0) & (inner < resized)
     step = tl.cast(size, tl.float64) / tl.maximum(resized, 1).to(tl.float64)
     return _bilinear_taps((inner.to(tl.float64) + 0.5) * step - 0.5, size, tl.where(inside, weight, 0.0))
 
@@ -268,7 +268,7 @@ def _share_of(position, source, size, resized, offset, padded, TAPS: tl.constexp
     share = tl.where(index[0] == source, shares[0], 0.0)
     for tap in tl.static_range(1, 4):
         share += tl.where(index[tap] == source, shares[tap], 0.0)
-    return tl.where((0 <= position) & (position < size), share, 0.0)
+    return tl.where((position >= 0) & (position < size), share, 0.0)
 
 
 @triton.jit
@@ -347,13 +347,13 @@ def _copy_kernel(
     if mixing[0] is not None:
         partner = tl.load(mixing[2] + row)
         weight = widen(tl.load(mixing[3] + row), WIDE)
-        exists = (0 <= partner) & (partner < mixing[4])
+        exists = (partner >= 0) & (partner < mixing[4])
         weight = tl.where(exists, weight, float("nan"))
         other = tl.where(exists, partner, 0) * mixing[1][0]
         other += flat_offset(pixel, width, mixing[1][2], mixing[1][3], FLAT_POOL)
     if scale is not None:
         factor = widen(tl.load(scale + row), WIDE)
-    for channel in range(0, channels):
+    for channel in range(channels):
         value = widen(tl.load(source + tl.cast(channel, tl.int64) * strides[1], mask=inside, other=0.0), WIDE)
         if noise is not None:
             element = tl.cast(channel, tl.int64) * pixels + start
@@ -396,7 +396,7 @@ def _resize_kernel(
     inside = pixel < pixels
     down = ((2 * row) * size + pixel // size) * TAPS
     along = ((2 * row + 1) * size + pixel % size) * TAPS
-    for channel in range(0, channels):
+    for channel in range(channels):
         start = source + row % source_count * strides[0] + tl.cast(channel, tl.int64) * strides[1]
         total = tl.zeros((BLOCK,), WIDE)
         for i in tl.static_range(TAPS):
@@ -443,9 +443,9 @@ def _adjoint_kernel(
     image = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
-    for channel in range(0, channels):
+    for channel in range(channels):
         total = tl.zeros((BLOCK,), WIDE)
-        for copy in range(0, copies):
+        for copy in range(copies):
             row = tl.cast(copy, tl.int64) * count + image
             start = grad + row * strides[0] + tl.cast(channel, tl.int64) * strides[1]
             if SPAN == 0:

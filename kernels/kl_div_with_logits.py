@@ -9,9 +9,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-
 from alignfast.kernels.launch import Choice, alignment_of, blocks_of, for_classes, for_elements, launch
 from alignfast.kernels.scalar import narrow, number, wide_dtype, widen
+
 from alignfast.ops.kl_div_with_logits import _backward_fake, _check
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "symmetric": 2, "jsd": 3}
@@ -323,7 +323,7 @@ def _combine_kernel(
                 same = (found == best) | ((found != found) & (best != best))
                 ties = tl.where(better, 1.0, tl.where(same, ties + 1, ties))
                 best = tl.where(better, found, best)
-        for witness in range(0, witnesses):
+        for witness in range(witnesses):
             place = tl.cast(witness, tl.int64) * samples + sample
             share = number(weight, tl.float64) / ties
             if COMBINE != 0:
@@ -367,7 +367,7 @@ def _gradient_kernel(
     t = number(temperature, tl.float64)
     a = _logits(student + sample * student_strides[0] * ALIGNMENT, index, student_strides[1], classes, WIDE)
     total = tl.zeros((BLOCK,), WIDE)
-    for witness in range(0, witnesses):
+    for witness in range(witnesses):
         row = tl.cast(witness, tl.int64) * samples + sample
         share = tl.load(shares + row)
         if share != 0:

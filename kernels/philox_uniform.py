@@ -5,8 +5,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-
 from alignfast.kernels.launch import Choice, blocks_of, launch
+
 from alignfast.ops.philox_uniform import _check
 
 WORD = tl.constexpr(2**32)
@@ -75,7 +75,7 @@ def philox_stream(seed_low, seed_high, step, step_offset, purpose, image, copy):
     number = step.to(tl.int64)
     if step_offset is not None:
         number += tl.load(step_offset)
-    known = (0 <= image) & (image < WORD) & (0 <= copy) & (copy < MAX_COPIES) & (0 <= number) & (number < WORD)
+    known = (image >= 0) & (image < WORD) & (copy >= 0) & (copy < MAX_COPIES) & (number >= 0) & (number < WORD)
     last = (copy.to(tl.uint32) << 8) | purpose.to(tl.uint32)
     words = (seed_low.to(tl.uint32), seed_high.to(tl.uint32), image.to(tl.uint32), number.to(tl.uint32), last)
     return words, known

@@ -15,17 +15,15 @@ def widen(x, WIDE: tl.constexpr):
     # By way of float32, as the conversion of bfloat16 to float64 does not exist everywhere.
     if x.dtype == tl.float64:
         return x.to(WIDE)
-    else:
-        return x.to(tl.float32).to(WIDE)
+    return x.to(tl.float32).to(WIDE)
 
 
 @triton.jit
 def narrow(x, T: tl.constexpr):
     """To the nearest value of T, ties to even."""
-    if T == tl.float64:
+    if tl.float64 == T:
         return x.to(tl.float64)
-    else:
-        return x.to(tl.float32).to(T)
+    return x.to(tl.float32).to(T)
 
 
 @triton.jit
@@ -45,8 +43,7 @@ def divide(a, b):
     """Rounded to nearest, which `/` is for float64 alone."""
     if a.dtype == tl.float64:
         return a / b
-    else:
-        return tl.div_rn(a, b)
+    return tl.div_rn(a, b)
 
 
 @triton.jit
@@ -61,8 +58,7 @@ def flat_offset(pixel, width, stride_h, stride_w, FLAT: tl.constexpr):
     """Of a pixel of a plane; FLAT is for planes whose rows follow one another as pixels of a row do."""
     if FLAT:
         return pixel * stride_w
-    else:
-        return pixel // width * stride_h + pixel % width * stride_w
+    return pixel // width * stride_h + pixel % width * stride_w
 
 
 def is_flat(images):

@@ -5,9 +5,9 @@ summed for each stretch first, and by every program of the next pass once more, 
 import torch
 import triton
 import triton.language as tl
-
 from alignfast.kernels.launch import blocks_of, for_elements, launch
 from alignfast.kernels.scalar import clamped, divide, narrow, number, rounded_to, wide_dtype, widen
+
 from alignfast.ops.sign_step import _check
 
 # Partial results that a program folds at a time.
@@ -117,10 +117,9 @@ def _place(tensor, image, element, sizes, DENSE: tl.constexpr):
     start = tensor[0] + image * strides[0]
     if DENSE:
         return start + element
-    else:
-        row = element // sizes[1]
-        first, second = row // sizes[0], row % sizes[0]
-        return start + first * strides[1] + second * strides[2] + element % sizes[1] * strides[3]
+    row = element // sizes[1]
+    first, second = row // sizes[0], row % sizes[0]
+    return start + first * strides[1] + second * strides[2] + element % sizes[1] * strides[3]
 
 
 @triton.jit
@@ -174,8 +173,7 @@ def _direction(batch, image, element, inside, DENSE: tl.constexpr, WIDE: tl.cons
     """What the L2 rule follows: the momentum, or the gradient where there is none."""
     if MOMENTUM:
         return _load(batch[3], image, element, inside, batch[5], DENSE, WIDE)
-    else:
-        return _load(batch[2], image, element, inside, batch[5], DENSE, WIDE)
+    return _load(batch[2], image, element, inside, batch[5], DENSE, WIDE)
 
 
 @triton.jit

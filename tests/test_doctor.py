@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from alignfast import doctor, ops
+from alignfast.native import CUDA_BACKEND, CUDA_PATH, Choice
 
 OPS = ["kl_div_with_logits", "diversify", "sign_step", "smooth", "philox_uniform"]
 
@@ -39,7 +40,7 @@ def test_report_tells_what_is_here() -> None:
 
 def test_what_serves_is_named_with_its_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     isa = importlib.import_module("alignfast._C").cpu_isa()
-    assert doctor.report()["chosen"] == {"cpu": f"native ({isa})", "cuda": "reference"}
+    assert doctor.report()["chosen"] == {"cpu": f"native ({isa})", "cuda": CUDA_BACKEND.name}
     monkeypatch.setattr(doctor, "NATIVE_DEVICES", frozenset())
     assert doctor.chosen("cpu") == "reference"
 
@@ -49,6 +50,31 @@ def test_a_forced_instruction_set_is_what_serves() -> None:
     environment = os.environ | {"ALIGNFAST_CPU_ISA": "baseline"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "native (baseline)"
+
+
+def test_cuda_library_is_reported_as_it_is() -> None:
+    cuda = doctor.cuda_backend()
+    assert cuda["built"] == CUDA_PATH.exists()
+    assert cuda["loads"] == (cuda["reason"] is None)
+    assert bool(cuda["archs"]) == cuda["built"]
+
+
+@pytest.mark.skipif(not CUDA_PATH.exists(), reason="there is no nvcc here")
+def test_cuda_library_is_tried_without_taking_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CUDA_BACKEND", Choice("reference", {}))
+    assert doctor.cuda_backend()["loads"] is True
+    monkeypatch.setenv("ALIGNFAST_CPU_ISA", "mmx")
+    assert "mmx" in doctor.cuda_backend()["reason"]
+
+
+def test_self_test_on_a_device_that_fails_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(device: str) -> None:
+        if device != "cpu":
+            raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "SELF_TESTS", {"smooth": check})
+    assert doctor.self_test() == {"smooth": "on cuda: RuntimeError: no kernel image"}
 
 
 def test_native_module_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,20 +176,20 @@ __device__ void load_pixels(const Planes& planes, int64_t image, int channel, in
   }
 }
 
+// To elements first .. first + PACK of an image.
 template <class V>
-__device__ void add_noise(const DiversifyNoise& noise, int64_t image, int64_t copy, int64_t element,
-                          V (&values)[PACK<V>]) {
+__device__ void add_noise(const DiversifyNoise& noise, int64_t image, int64_t copy, int first, V (&values)[PACK<V>]) {
   PhiloxStream stream;
   const bool known = noise.key.stream(noise.images.at(image), noise.copies.at(copy), stream);
-  uint32_t words[4];
-  int64_t block = -1;
+  uint32_t words[4] = {};
+  int block = -1;
 #pragma unroll
   for (int i = 0; i < PACK<V>; ++i) {
-    if ((element + i) / 4 != block) {
-      block = (element + i) / 4;
+    if ((first + i) / 4 != block) {
+      block = (first + i) / 4;
       philox_block(stream, static_cast<uint32_t>(block), words);
     }
-    const int lane = static_cast<int>((element + i) % 4);
+    const int lane = (first + i) % 4;
     const uint32_t word = lane == 0 ? words[0] : lane == 1 ? words[1] : lane == 2 ? words[2] : words[3];
     values[i] = known ? values[i] + static_cast<V>(uniform_of(word, noise.low, noise.width)) : V(NAN);
   }
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_plain(Diversif
     V values[N];
     load_pixels(plain.images, image, channel, run.first + first, batch.pixels, batch.width, values);
     if (plain.noise.images.data != nullptr) {
-      add_noise(plain.noise, image, copy, static_cast<int64_t>(channel) * batch.pixels + run.first + first, values);
+      add_noise(plain.noise, image, copy, channel * batch.pixels + run.first + first, values);
     }
     if (plain.mixing.pool.data != nullptr) {
       const int64_t partner = plain.mixing.partner.at(copy, image);
@@ -460,6 +460,8 @@ __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_adjoint_plain(
 
 template <class V>
 __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_adjoint_resized(DiversifyAdjoint<V> adjoint) {
+  // Weights of columns that are held at a time.
+  constexpr int COLUMNS = 16 / static_cast<int>(sizeof(V));
   AF_SHARED(V, staged, STAGED_CHANNELS * DIVERSIFY_THREADS);
   const DiversifyBatch& batch = adjoint.batch;
   const Planes& grad = adjoint.grad;
@@ -471,8 +473,7 @@ __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_adjoint_resize
     for (int64_t copy = 0; copy < adjoint.copies; ++copy) {
       const int64_t row = copy * adjoint.image_count + run.row;
       const int64_t rows = 2 * row * batch.width + y, columns = (2 * row + 1) * batch.width + x;
-      V column_weight[MAX_SOURCES], sums[STAGED_CHANNELS] = {};
-      load_pack(adjoint.table.weight + columns * MAX_SOURCES, column_weight);
+      V sums[STAGED_CHANNELS] = {};
       const int64_t base = row * grad.strides[0] + run.channel * grad.strides[1] +
                            adjoint.table.first[rows] * grad.strides[2] +
                            adjoint.table.first[columns] * grad.strides[3];
@@ -481,11 +482,15 @@ __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_adjoint_resize
         for (int i = 0; i < MAX_SOURCES; ++i) {
           const V row_weight = adjoint.table.weight[rows * MAX_SOURCES + i];
           if (row_weight == 0) continue;
+          for (int j = 0; j < MAX_SOURCES; j += COLUMNS) {
+            V column_weight[COLUMNS];
+            load_pack(adjoint.table.weight + columns * MAX_SOURCES + j, column_weight);
 #pragma unroll
-          for (int j = 0; j < MAX_SOURCES; ++j) {
-            if (column_weight[j] == 0) continue;
-            add_weighed(data + i * grad.strides[2] + j * grad.strides[3], grad.strides[1], run.channels,
-                        row_weight * column_weight[j], sums);
+            for (int k = 0; k < COLUMNS; ++k) {
+              if (column_weight[k] == 0) continue;
+              add_weighed(data + i * grad.strides[2] + (j + k) * grad.strides[3], grad.strides[1], run.channels,
+                          row_weight * column_weight[k], sums);
+            }
           }
         }
       });

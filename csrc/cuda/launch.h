@@ -56,7 +56,12 @@ class Launcher {
     if (error != cudaSuccess) {
       // Else the next call of anyone would report it.
       cudaGetLastError();
-      refuse_launch(name, blocks, threads, first_, cudaGetErrorString(error));
+      const bool foreign = error == cudaErrorNoKernelImageForDevice;
+      refuse_launch(name, blocks, threads, first_,
+                    joined(cudaGetErrorString(error),
+                           foreign ? "; this library has code for newer devices alone, ALIGNFAST_BACKEND=triton serves "
+                                     "others"
+                                   : ""));
     }
 #else
     try {
