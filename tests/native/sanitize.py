@@ -1,8 +1,9 @@
-"""Runs the tests of the ops on a copy of the package that is built with the address and undefined-behaviour sanitizers.
+"""Runs the tests of the ops under the address and undefined-behaviour sanitizers, on both kinds of kernels.
 
     python tests/native/sanitize.py [ARGUMENTS OF PYTEST]
 
-Says so and succeeds where the compiler has no sanitizers. The copy is build/sanitize; what is built in place stays.
+First on a copy of the package that is built with them, build/sanitize; what is built in place stays. Then on the CUDA
+kernels, run by the emulation. Says so and succeeds where the compiler has no sanitizers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ PARTS += ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 # Python loads the runtimes last, but they have to come first; the C++ library as well, since they wrap its throw.
 RUNTIMES = ["libasan.so", "libubsan.so", "libstdc++.so"]
+# Without the tests that launch the same small kernels thousands of times or are about torch's compiler.
+EMULATED = ["-p", "tests.native.emulated_plugin", "-m", "not slow and not cpu_only"]
+EMULATED += ["-k", "not compiles_whole and not gradcheck"]
 
 
 def main() -> int:
@@ -29,21 +33,39 @@ def main() -> int:
         print(f"sanitize: SKIPPED, {compiler} is not here or has no address and undefined-behaviour sanitizers")
         return 0
     copy_sources()
-    cmake = f"{os.environ.get('CMAKE_ARGS', '')} -DCMAKE_CXX_COMPILER={compiler} '-DCMAKE_CXX_FLAGS={' '.join(FLAGS)}'"
+    cmake = f"{os.environ.get('CMAKE_ARGS', '')} -DALIGNFAST_CUDA=OFF -DCMAKE_CXX_COMPILER={compiler}"
+    cmake += f" '-DCMAKE_CXX_FLAGS={' '.join(FLAGS)}'"
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(build, cwd=COPY, env=os.environ | {"CMAKE_ARGS": cmake}, stdout=subprocess.DEVNULL, check=True)
-    environment = os.environ | {
-        "PYTHONPATH": str(COPY),
+    emulated = [sys.executable, "-m", "tests.native.emulated", "--sanitize"]
+    made = subprocess.run(
+        emulated, cwd=ROOT, env=os.environ | {"CXX": compiler}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    environment = environment_of(runtimes)
+    status = run_tests(COPY, environment, [])
+    if status != 0:
+        return status
+    return run_tests(ROOT, environment | {"ALIGNFAST_EMULATED": made.stdout.strip()}, EMULATED)
+
+
+def run_tests(folder: Path, environment: dict[str, str], arguments: list[str]) -> int:
+    # -s, because a process that a sanitizer ends takes with it what pytest has captured.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments, "tests/ops"]
+    run = [*pytest, *sys.argv[1:]]
+    return subprocess.run(run, cwd=folder, env=environment | {"PYTHONPATH": str(folder)}, check=False).returncode
+
+
+def environment_of(runtimes: list[Path | None]) -> dict[str, str]:
+    return os.environ | {
         "LD_PRELOAD": " ".join(map(str, runtimes)),
         # Python keeps some memory to its end, and its own allocator would hide what lies next to a block.
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1",
+        # New memory is NaN, and what lies between two blocks of it is wide enough for a row that is missed.
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1:redzone=512:"
+        "malloc_fill_byte=255:max_malloc_fill_size=1073741824",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
         "OMP_WAIT_POLICY": "passive",
     }
-    # -s, because a process that a sanitizer ends takes with it what pytest has captured.
-    pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/ops", *sys.argv[1:]]
-    return subprocess.run(pytest, cwd=COPY, env=environment, check=False).returncode
 
 
 def runtime_of(compiler: str, name: str) -> Path | None:
