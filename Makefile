@@ -32,7 +32,7 @@ help:
 	@echo 'make test     linters, type checker and tests, also under the sanitizers'
 	@echo 'make sanitize tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
-	@echo 'make bench    every op against eager and compiled PyTorch and against the memory (ARGS="--quick" is short)'
+	@echo 'make bench    ops, attacks and alignment against their peers and the hardware (ARGS="--quick" is short)'
 	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
 	@echo 'make format   format Python and C++'
 	@echo 'make clean    remove what was built (an environment other than .venv stays)'
@@ -55,7 +55,7 @@ demo: $(BUILT)
 	$(VENV)/bin/alignfast demo --out demo $(ARGS)
 
 bench: $(BUILT)
-	$(PY) -m bench $(ARGS)
+	$(VENV)/bin/alignfast bench $(ARGS)
 
 format: $(BUILT)
 	$(PY) -m ruff check --fix .

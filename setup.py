@@ -80,8 +80,9 @@ setup(
         *find_packages(include=["alignfast", "alignfast.*"]),
         "alignfast.kernels",
         *(f"alignfast.kernels.{name}" for name in find_packages("kernels")),
+        "alignfast.bench",
     ],
-    package_dir={"alignfast.kernels": "kernels"},
+    package_dir={"alignfast.kernels": "kernels", "alignfast.bench": "bench"},
     package_data={"alignfast": ["py.typed", "*.pyi", "evaluation/*.j2"]},
     ext_modules=[
         Extension("alignfast._C", sources=[]),

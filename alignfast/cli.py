@@ -18,6 +18,7 @@ from alignfast.alignment import AlignConfig, align
 from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
 from alignfast.attacks import PRESETS, create
 from alignfast.attacks.presets import parameters_of
+from alignfast.bench.run import bench_command
 from alignfast.checks import check_choice, check_count, check_device
 from alignfast.config import MatrixConfig, attack_spec, build_model, named_model, trained_model
 from alignfast.data import (
@@ -339,6 +340,9 @@ def transfer_command(
         progress=True,
     )
     _finish(matrix, folder, f"Transfer on {settings.data}")
+
+
+app.command("bench")(bench_command)
 
 
 @app.command("doctor")

@@ -1,1 +1,1 @@
-"""How fast every op is, against the expression people write without it and against the memory."""
+"""How fast ops, attacks and alignment are, against what people use without them and against the hardware."""

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .registry import Case
-from .work import Expression, Run, Work
+from .roofline import GPUS, Gpu, gpu_of, limit_of
+from .subject import Call, Cost
 
 Clock = Callable[[], float]
-Call = Callable[[], object]
 
 # What is timed at once lasts at least this long, so that reading the clock and starting threads do not count.
 BLOCK_SECONDS = 0.005
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000
-# Elements whose errors are found together; float64 copies of a whole batch would be larger than the batch.
-CHECKED_AT_ONCE = 2**22
+# A call that lasts this long is tried once before it is timed, a shorter one three times.
+LONG_SECONDS = 2.0
 # Where threads were kept from running for more than this share of the time, other processes were measured too.
 MOST_WAITING = 0.05
 SCHEDULED = Path("/proc/self/task")
@@ -65,15 +64,13 @@ class Round:
 
 @dataclass(frozen=True)
 class Result:
-    """What one case came to: a fault, or the rounds that were measured.
-
-    Sides are "ours", "eager", perhaps "compiled", and "copy", which moves as many bytes as the op has to.
-    """
+    """What one case came to: a fault, or the rounds that were measured, on this GPU if on one."""
 
     case: Case
-    moved: int
+    cost: Cost
     fault: str | None = None
     measured: Sequence[Round] = ()
+    gpu: Gpu | None = None
 
     @cached_property
     def disturbed(self) -> bool:
@@ -95,7 +92,8 @@ class Result:
         """By side, its median over that of ours, and the quartiles of the ratios within a round.
 
         That of "copy" is the op's share of the bandwidth a copy reaches. It may be above 1, as a copy writes half of
-        what it moves, and a line of the cache that is written is mostly read first.
+        what it moves, and a line of the cache that is written is mostly read first. That of "model" is the share of
+        the time that bare passes of the models take.
         """
         ours = self.rounds.get("ours", ())
         ratios = {}
@@ -107,7 +105,28 @@ class Result:
 
     @property
     def gigabytes_per_second(self) -> float | None:
-        return self.moved / self.seconds["ours"].median / 1e9 if self.rounds else None
+        return self._per_second(self.cost.moved, 1e9)
+
+    @property
+    def teraflops_per_second(self) -> float | None:
+        return self._per_second(self.cost.flops, 1e12)
+
+    def _per_second(self, amount: int, unit: float) -> float | None:
+        return amount / self.seconds["ours"].median / unit if self.rounds and amount else None
+
+    @property
+    def limit(self) -> str:
+        return limit_of(self.cost, self.case.dtype)
+
+    @property
+    def of_peak(self) -> float | None:
+        """The share of what the GPU's data sheet allows; None where that is not known."""
+        least = self.gpu.limits(self.cost).get(self.limit) if self.gpu is not None else None
+        return least / self.seconds["ours"].median if self.rounds and least is not None else None
+
+    @property
+    def cached(self) -> bool:
+        return self.gpu is not None and self.gpu.caches(self.cost)
 
     @property
     def missed(self) -> list[str]:
@@ -118,16 +137,22 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.case.name,
-            "op": self.case.op,
+            "group": self.case.group,
+            "subject": self.case.subject,
             "variant": self.case.variant,
             "dtype": self.case.dtype,
             "shape": list(self.case.shape),
-            "bytes": self.moved,
+            "bytes": self.cost.moved,
+            "flops": self.cost.flops,
             "wrong": self.fault,
             "rounds": {"measured": len(self.measured), "quiet": sum(one.quiet for one in self.measured)},
             "seconds": {side: vars(spread) for side, spread in self.seconds.items()},
             "ratios": {side: vars(spread) for side, spread in self.ratios.items()},
             "gigabytes_per_second": self.gigabytes_per_second,
+            "teraflops_per_second": self.teraflops_per_second,
+            "expected": expectations(self.cost) if self.gpu is not None else {},
+            "of_peak": self.of_peak,
+            "fits_l2": self.cached,
             "targets": dict(self.case.targets),
             "missed": self.missed,
             "disturbed": self.disturbed,
@@ -143,65 +168,22 @@ def measure(
 ) -> Result:
     """Check every side of a case and, if all are right, time them for about so many seconds."""
     device = torch.device(device)
-    work = case.work(device)
-    # An op that raises is as wrong as one that returns nonsense, and the other cases are still to be measured.
+    subject, gpu = case.subject_on(device), gpu_of(device)
+    calls: dict[str, Call] = {}
+    # What raises is as wrong as what returns nonsense, and the other cases are still to be measured.
     try:
-        sides = make_sides(work, compiled=compiled)
-        fault = find_fault(work, sides)
+        calls, fault = subject.prepare(compiled=compiled)
     except Exception as error:
         fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if fault is not None:
-        return Result(case, work.moved, fault)
-    calls: dict[str, Call] = {**sides, "copy": copy_of(work.moved, device)}
-    return Result(case, work.moved, measured=alternate(calls, seconds=seconds, clock=clock_of(device)))
+        return Result(case, subject.cost, fault, gpu=gpu)
+    rounds = alternate(calls, seconds=seconds, clock=clock_of(device))
+    return Result(case, subject.cost, measured=rounds, gpu=gpu)
 
 
-def make_sides(work: Work, *, compiled: bool) -> dict[str, Run]:
-    sides = {"ours": work.ours, "eager": work.bind(work.expression)}
-    if compiled and work.compiles:
-        sides["compiled"] = work.bind(_compile(work.expression))
-    return sides
-
-
-def find_fault(work: Work, sides: Mapping[str, Run]) -> str | None:
-    """Calls every side once; which of them is wrong and by how much, or None."""
-    expected = work.expected()
-    for side, run in sides.items():
-        tolerance = work.tolerance if side == "ours" else work.slack
-        results = run()
-        shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (results, expected)]
-        if shapes[0] != shapes[1]:
-            return f"{side}: results have shapes {shapes[0]}, expected {shapes[1]}"
-        if tolerance is None:
-            continue
-        for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
-            found = error(result, wanted)
-            # Written so that NaN is a fault too.
-            if not found <= tolerance:
-                return f"{side}: result {index} is off by {found:.2g}, allowed is {tolerance:.2g}"
-    return None
-
-
-def error(result: Tensor, wanted: Tensor) -> float:
-    """The largest |result - wanted| / (|wanted| + root mean square of wanted); NaN where a result is."""
-    if wanted.numel() == 0:
-        return 0.0
-    scale = float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) / math.sqrt(wanted.numel())
-    tiny = torch.finfo(torch.float32).tiny
-    worst = 0.0
-    for got, want in zip(_pieces(result), _pieces(wanted), strict=True):
-        want = want.double()
-        found = float(((got.double() - want).abs() / (want.abs() + scale + tiny)).max())
-        if math.isnan(found):
-            return found
-        worst = max(worst, found)
-    return worst
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
-    pieces: tuple[Tensor, ...] = rows.split(max(1, CHECKED_AT_ONCE * len(rows) // rows.numel()))
-    return pieces
+def expectations(cost: Cost) -> dict[str, dict[str, float]]:
+    """Seconds by GPU and limit, from their data sheets."""
+    return {gpu.name: gpu.limits(cost) for gpu in GPUS}
 
 
 def alternate(
@@ -220,14 +202,19 @@ def alternate(
     rounds: list[Round] = []
     with _no_collection():
         began = clock()
-        # The first of these calls is the warm-up.
-        fastest = {side: min(_block(call, 1, clock) for _ in range(3)) for side, call in calls.items()}
+        fastest = {side: _tried(call, clock) for side, call in calls.items()}
         while len(rounds) < least or (clock() - began < seconds and len(rounds) < most):
             first = len(rounds) % len(sides)
             order = sides[first:] + sides[:first]
             rounds.append(_round({side: calls[side] for side in order}, fastest, clock))
             fastest = {side: min(fastest[side], rounds[-1].seconds[side]) for side in sides}
     return rounds
+
+
+def _tried(call: Call, clock: Clock) -> float:
+    """Seconds of a call; the first is the warm-up."""
+    first = _block(call, 1, clock)
+    return first if first >= LONG_SECONDS else min(_block(call, 1, clock) for _ in range(2))
 
 
 def _round(calls: Mapping[str, Call], fastest: Mapping[str, float], clock: Clock) -> Round:
@@ -253,13 +240,6 @@ def _block(call: Call, count: int, clock: Clock) -> float:
     return (clock() - began) / count
 
 
-def copy_of(moved: int, device: torch.device) -> Call:
-    """A copy that reads and writes `moved` bytes in all."""
-    source = torch.ones(max(1, moved // 8), device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
 def waiting() -> float | None:
     """Seconds for which the threads of this process were ready to run but had no core, or None where it is not told."""
     total = None
@@ -280,13 +260,6 @@ def clock_of(device: torch.device) -> Clock:
         return time.perf_counter()
 
     return clock
-
-
-def _compile(expression: Expression) -> Expression:
-    # What was compiled before for other shapes would count toward a limit beyond which nothing is compiled.
-    torch.compiler.reset()
-    compiled: Expression = torch.compile(expression, fullgraph=True, dynamic=False)
-    return compiled
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Measures the ops: a table on standard output, and a file for whoever compares runs."""
+"""`alignfast bench`: tables on standard output, and a file for whoever compares runs."""
 
 from __future__ import annotations
 
+import json as jsonlib
 import os
-import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,26 +14,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from alignfast._C import cpu_isa
-from alignfast.checks import check_count, check_device, check_known, check_number
-from alignfast.doctor import cpu_backend, cuda_backend, triton_backend
+from alignfast.checks import check_choice, check_count, check_device, check_known, check_number
 from alignfast.files import write_json
 from alignfast.progress import progress
 from alignfast.versions import package_versions
 
-from .harness import Result, Spread, measure
-from .registry import DTYPES, OPS, Case, select
+from .harness import Result, expectations, measure
+from .machine import ALLOCATOR, machine, smi
+from .registry import DEVICES, DTYPES, GROUPS, OPS, Case, select
+from .runs import torchattacks
+from .tables import expected_table, results_table
 
-ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 SECONDS, QUICK_SECONDS = 2.0, 0.3
-PLAIN_WIDTH = 160
-INTERRUPTED = 130
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-# typer keeps its parser's exceptions to itself; every usage error has this base.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+PLAIN_WIDTH = 190
 
 
 @dataclass(frozen=True)
@@ -44,48 +38,38 @@ class Settings:
     compile: bool
 
 
-def run(arguments: Sequence[str]) -> int:
-    """0; 1 where an op is wrong, or with --gate missed a target; 2 after one line on bad input; 130 if interrupted."""
-    try:
-        result = app(args=list(arguments), standalone_mode=False)
-    except UsageError as error:
-        return _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
-    except ValueError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(str(error), 1)
-    # The parser turns an interrupt into this code, and says nothing.
-    if result == INTERRUPTED:
-        return _fail("interrupted", INTERRUPTED)
-    return result if isinstance(result, int) else 0
-
-
-@app.command()
-def main(
-    op: Annotated[list[str] | None, typer.Option(help=f"{', '.join(OPS)}; repeat for several.")] = None,
+def bench_command(
+    group: Annotated[list[str] | None, typer.Option(help=f"{', '.join(GROUPS)}; repeat for several.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help=f"Ops alone: {', '.join(OPS)}; repeat for several.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; repeat for several.")] = None,
-    match: Annotated[str, typer.Option(help="Only cases whose name op/variant/dtype/shape holds this.")] = "",
+    match: Annotated[str, typer.Option(help="Only cases whose name subject/variant/dtype/shape holds this.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="The smallest shapes, for a short time.")] = False,
     seconds: Annotated[float | None, typer.Option(help=f"For each case; {SECONDS:g}, or {QUICK_SECONDS:g}.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also torch.compile.")] = True,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Ops: also torch.compile.")] = True,
     threads: Annotated[int | None, typer.Option(help="Of torch; its own choice by default.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="A new file for everything that was measured.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="A file of an earlier run, for the column 'vs before'.")] = None,
     gate: Annotated[bool, typer.Option("--gate", help="A target that was missed is a failure.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
+    expect: Annotated[
+        bool, typer.Option("--expect", help="Print what an A100 and an H100 need at the least and stop; needs no GPU.")
+    ] = False,
 ) -> int:
-    """Every op against the expression people write without it, eager and compiled, and against copying its bytes.
+    """Measure ops, attacks and alignment against what people use without them, and against the hardware.
 
-    Ratios are times of the other over times of the op: above 1 the op is faster; that of "copy" is the share of the
-    memory's bandwidth. Times and ratios are medians with half the distance of the quartiles. Rounds in
-    which other processes kept a thread waiting for more than a twentieth of the time are left out, and targets are not
-    judged where too few are left. An op whose result is wrong has no speed.
+    Columns "vs" are the time of the other over ours: above 1 ours is faster. Columns "of" are shares of a limit:
+    copying as many bytes, bare passes of the models, the data sheet's peak. Times and ratios are medians with half the
+    distance of the quartiles. Rounds in which other processes kept a thread waiting for more than a twentieth of
+    the time are left out, and targets are not judged where too few are left. What gives a wrong result has no speed.
     """
+    check_known("group", "group", group or (), GROUPS)
     check_known("op", "op", op or (), OPS)
     check_known("dtype", "dtype", dtype or (), DTYPES)
-    cases = select(op or (), dtype or (), match, smallest=quick)
+    kind = "cuda" if expect else check_choice("device", device.partition(":")[0], DEVICES)
+    cases = select(group or (), op or (), dtype or (), match, device=kind, smallest=quick)
     if not cases:
-        raise ValueError(f"match: got {match!r}; allowed is a part of some case's name, which --list prints")
+        raise ValueError(f"match: got {match!r}; allowed is a part of some chosen case's name, which --list prints")
     if listing:
         print(*(case.name for case in cases), sep="\n")
         return 0
@@ -95,15 +79,20 @@ def main(
         torch.set_num_threads(check_count("threads", threads, high=os.cpu_count()))
     if json is not None:
         _check_new(json)
-    budget = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
-    settings = Settings(str(check_device(device)), torch.get_num_threads(), budget, compiled)
-    facts = machine()
+    before = {} if compare is None else read_seconds(compare)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    for note in notes(facts, settings):
+    if expect:
+        return _expect(cases, json, console)
+    place = check_device(device)
+    budget = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
+    settings = Settings(str(place), torch.get_num_threads(), budget, compiled)
+    facts = machine(place)
+    for note in notes(facts, settings, cases):
         console.print(note, highlight=False, soft_wrap=True)
-    results = _measure_all(cases, settings, console)
+    results = _measure_all(cases, settings, before, console)
     if json is not None:
-        write_json(json, report(results, settings, facts))
+        after = smi(place) if place.type == "cuda" else None
+        write_json(json, report(results, settings, facts) | {"smi_after": after})
     return verdict(results, gate=gate)
 
 
@@ -120,99 +109,65 @@ def report(results: Sequence[Result], settings: Settings, facts: dict[str, Any])
     return {
         "settings": asdict(settings),
         "machine": facts,
-        "versions": package_versions(),
+        "versions": package_versions() | {"torchattacks": getattr(torchattacks(), "__version__", "absent")},
         "cases": [result.to_dict() for result in results],
     }
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "architecture": platform.machine(),
-        "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "kernels": cpu_isa(),
-        "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
-        "backends": {"cpu": cpu_backend(), "cuda": cuda_backend(), "triton": triton_backend()},
-    }
+def read_seconds(path: Path) -> dict[str, float]:
+    """What ours took in an earlier run, by the name of the case."""
+    try:
+        cases = jsonlib.loads(path.read_text(encoding="utf-8"))["cases"]
+        return {case["name"]: float(case["seconds"]["ours"]["median"]) for case in cases if case["seconds"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"compare: cannot use {path} ({reason}); allowed is a file that --json wrote") from error
 
 
-def notes(facts: dict[str, Any], settings: Settings) -> list[str]:
+def notes(facts: dict[str, Any], settings: Settings, cases: Sequence[Case]) -> list[str]:
     """What was run where, and what makes its numbers worse than they could be."""
     threads = f"{settings.threads} thread{'s' if settings.threads > 1 else ''}"
-    lines = [
-        f"{facts['processor']}, {threads}, kernels for {facts['kernels']}, torch {torch.__version__}, "
-        f"on {settings.device}"
-    ]
-    if settings.device == "cpu" and not all(facts["allocator"].values()):
+    gpu = facts["gpu"]
+    if gpu is None:
+        where = f"{facts['processor']}, {threads}, kernels for {facts['kernels']}"
+    else:
+        driver = "unknown" if gpu["smi"] is None else gpu["smi"]["driver_version"]
+        where = f"{gpu['name']}, driver {driver}, backend of the ops: {facts['chosen']}"
+    lines = [f"{where}, torch {torch.__version__}, on {settings.device}"]
+    if gpu is None and not all(facts["allocator"].values()):
         lines.append(
             f"Note: {' and '.join(ALLOCATOR)} are not both set (`make bench` sets them); large tensors may be faulted "
             "in anew at every call, most of all for the chains of eager PyTorch."
         )
+    if any(case.group == "attacks" for case in cases) and torchattacks() is None:
+        lines.append(
+            "Note: torchattacks is not installed (pip install --no-deps torchattacks==3.5.1 requests); attacks are "
+            "neither checked against it nor compared with it."
+        )
     return lines
 
 
-def table(results: Sequence[Result]) -> Table:
-    """The results of one op."""
-    shown = Table(title=results[0].case.op, title_justify="left")
-    for name in ("variant", "dtype", "shape"):
-        shown.add_column(name)
-    sides = [side for side in ("eager", "compiled", "copy") if any(side in result.rounds for result in results)]
-    numbers = ("MB moved", "ms", "GB/s", *(f"vs {side}" if side != "copy" else "of copy" for side in sides))
-    for name in numbers:
-        shown.add_column(name, justify="right")
-    shown.add_column("target")
-    for result in results:
-        shown.add_row(*_row(result, sides))
-    return shown
+def _expect(cases: Sequence[Case], json: Path | None, console: Console) -> int:
+    for _, group in groupby(cases, lambda case: case.subject):
+        console.print(expected_table(list(group)))
+    if json is not None:
+        costs = {case.name: case.subject_on("meta").cost for case in cases}
+        write_json(json, {"expected": {name: asdict(cost) | expectations(cost) for name, cost in costs.items()}})
+    return 0
 
 
-def _row(result: Result, sides: Sequence[str]) -> list[str]:
-    case = result.case
-    cells = [case.variant, case.dtype, case.size, f"{result.moved / 1e6:.1f}"]
-    if result.fault is not None:
-        return [*cells, *("" for _ in range(2 + len(sides))), f"WRONG: {result.fault}"]
-    ratios = result.ratios
-    cells += [_spread(result.seconds["ours"], 1e3), f"{result.gigabytes_per_second:.3g}"]
-    cells += [_spread(ratios[side]) if side in ratios else "" for side in sides]
-    return [*cells, _judgement(result)]
-
-
-def _judgement(result: Result) -> str:
-    if result.disturbed:
-        quiet = sum(one.quiet for one in result.measured)
-        return f"DISTURBED: {quiet} of {len(result.measured)} rounds quiet"
-    if result.missed:
-        return f"missed: {', '.join(f'{side} {result.case.targets[side]:g}' for side in result.missed)}"
-    return "met" if result.case.targets else ""
-
-
-def _spread(spread: Spread, unit: float = 1.0) -> str:
-    """The median, and half of the way between the quartiles in percent of it."""
-    return f"{spread.median * unit:.3g} ±{(spread.high - spread.low) / 2 / spread.median:.0%}"
-
-
-def _measure_all(cases: Sequence[Case], settings: Settings, console: Console) -> list[Result]:
+def _measure_all(cases: Sequence[Case], settings: Settings, before: dict[str, float], console: Console) -> list[Result]:
     results: list[Result] = []
-    for name, group in groupby(cases, lambda case: case.op):
-        of_op = list(group)
-        with progress(name, len(of_op), "cases") as advance:
-            for case in of_op:
+    for name, group in groupby(cases, lambda case: case.subject):
+        of_subject = list(group)
+        with progress(name, len(of_subject), "cases") as advance:
+            for case in of_subject:
                 results.append(
                     measure(case, device=settings.device, seconds=settings.seconds, compiled=settings.compile)
                 )
                 advance(1, case.name)
-        console.print(table(results[-len(of_op) :]))
+        console.print(results_table(results[-len(of_subject) :], before))
     return results
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _check_new(path: Path) -> None:
@@ -221,8 +176,3 @@ def _check_new(path: Path) -> None:
         raise ValueError(f"json: {path} exists; give a new file")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"json: cannot write to {path.parent}; give a file in a writable folder")
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"bench: {' '.join(message.split())}", file=sys.stderr)
-    return code

@@ -1,11 +1,9 @@
-"""What a case runs: inputs from fixed seeds, the op, and the PyTorch expression that is written in its place."""
+"""What a case of an op runs: inputs from fixed seeds, the op, and the PyTorch expression written in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -14,59 +12,41 @@ from torch.nn import functional as F
 from alignfast import ops
 from alignfast.reference.philox_uniform import philox_uniform as reference_draws
 
-Tensors = tuple[Tensor, ...]
-Run = Callable[[], Tensors]
-Expression = Callable[..., Any]
+from .sides import Expression, Run, Tensors, Work
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEMPERATURE = 4.0
 ALPHA, EPS, DECAY = 2 / 255, 8 / 255, 1.0
 SMOOTHING = 15
-# Errors as `harness.error` counts them: of one rounding to the result's dtype, of two passes with a rounding each, of
+# Errors as `sides.error` counts them: of one rounding to the result's dtype, of two passes with a rounding each, of
 # a chain whose every intermediate result has that dtype, and of coordinates in float32, which are good to 1e-5 of a
 # pixel where images of noise change by 1 from one to the next.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 PASSES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 CHAIN = {torch.float32: 1e-4, torch.bfloat16: 2.0**-4}
 COORDINATES = {torch.float32: 1e-3, torch.bfloat16: 2.0**-7}
+# Inputs are drawn on the CPU, so that they are the same everywhere. On torch's "meta" device nothing is: it is where
+# the bytes of a case are counted.
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Work:
-    """One computation on inputs that are already there.
-
-    ours: the op. It is checked at its first call; an op that works in place goes on from there in later ones, as in
-        an attack, so that nothing has to be restored between timed calls.
-    expression: what is written without the op.
-    bind: makes of the expression, or of what a compiler made of it, a call that returns the results.
-    expected: the results that `ours` and the expression must come near, found with more precision.
-    tolerance, slack: the errors allowed to `ours` and to the expression, as `harness.error` counts them; a slack of
-        None is for an expression that draws random numbers of its own.
-    moved: the bytes that any implementation reads and writes at the least.
-    compiles: False where what torch.compile makes of the expression would take minutes a call.
-    """
-
-    ours: Run
-    expression: Expression
-    bind: Callable[[Expression], Run]
-    expected: Run
-    tolerance: float
-    slack: float | None
-    moved: int
-    compiles: bool = True
+def uniform(
+    shape: tuple[int, ...], seed: int, low: float = 0.0, high: float = 1.0, *, device: torch.device = CPU
+) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    return torch.empty(shape).uniform_(low, high, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def uniform(shape: tuple[int, ...], seed: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return torch.empty(shape).uniform_(low, high, generator=torch.Generator().manual_seed(seed))
-
-
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def normal(shape: tuple[int, ...], seed: int, *, device: torch.device = CPU) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def kl_div_with_logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
     """Loss and gradient; reads both logits and writes the gradient and the loss."""
-    student, teacher = (3 * normal(shape, seed).to(device, dtype) for seed in (1, 2))
+    student, teacher = ((3 * normal(shape, seed, device=device)).to(dtype) for seed in (1, 2))
 
     def bind(expression: Expression, *, student: Tensor = student, teacher: Tensor = teacher) -> Run:
         leaf = student.detach().requires_grad_()
@@ -85,6 +65,7 @@ def kl_div_with_logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch
         tolerance=ROUNDING[dtype],
         slack=CHAIN[dtype],
         moved=3 * student.nbytes + torch.float32.itemsize,
+        device=device,
     )
 
 
@@ -100,14 +81,15 @@ def sign_step(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     """Reads the point, the images, the gradient and, if given, the momentum; writes the point and the momentum."""
 
     def sign(seed: int) -> Tensor:
-        return uniform(shape, seed, -1.0, 1.0).sign()
+        return draw(seed, -1.0, 1.0).sign()
 
-    images = uniform(shape, 1).to(device, dtype)
-    adv = (images + uniform(shape, 2, -EPS, EPS).to(device, dtype)).clamp(0, 1)
-    grad = (sign(3) * uniform(shape, 4, 0.5, 1.5)).to(device, dtype)
+    draw = partial(uniform, shape, device=device)
+    images = draw(1).to(dtype)
+    adv = (images + draw(2, -EPS, EPS).to(dtype)).clamp(0, 1)
+    grad = (sign(3) * draw(4, 0.5, 1.5)).to(dtype)
     # Weaker or stronger than the normalised gradient by a margin, so that no rounding turns the sign of their sum.
-    strength = torch.where(uniform(shape, 5) < 0.5, uniform(shape, 6, 0.0, 0.25), uniform(shape, 7, 2.0, 3.0))
-    state = (adv, (sign(8) * strength).to(device, dtype)) if momentum else (adv,)
+    strength = torch.where(draw(5) < 0.5, draw(6, 0.0, 0.25), draw(7, 2.0, 3.0))
+    state = (adv, (sign(8) * strength).to(dtype)) if momentum else (adv,)
     mine = tuple(tensor.clone() for tensor in state)
     decay = DECAY if momentum else 0.0
 
@@ -129,6 +111,7 @@ def sign_step(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
         tolerance=ROUNDING[dtype],
         slack=CHAIN[dtype],
         moved=(2 + 2 * len(state)) * images.nbytes,
+        device=device,
     )
 
 
@@ -146,7 +129,7 @@ def sign_chain(images: Tensor, grad: Tensor, adv: Tensor) -> Tensors:
 
 def smooth(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
     """Reads the gradient and writes the smoothed one."""
-    grad = normal(shape, 1).to(device, dtype)
+    grad = normal(shape, 1, device=device).to(dtype)
     bell = torch.exp(-0.5 * torch.linspace(-3, 3, SMOOTHING) ** 2)
     kernel = (bell / bell.sum()).to(device, dtype)
     dense = torch.outer(kernel.float(), kernel.float()).expand(shape[1], 1, SMOOTHING, SMOOTHING)
@@ -155,16 +138,19 @@ def smooth(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return (F.conv2d(grad, dense, padding="same", groups=shape[1]),)
 
     stacked = dense.to(dtype).contiguous()
+    # A GPU may convolve float32 in TF32, and is quick at float64.
+    precise = torch.float64 if device.type == "cuda" else torch.float32
     return Work(
         ours=lambda: (ops.smooth(grad, kernel),),
         expression=convolve,
         bind=lambda expression: lambda: expression(grad, stacked),
-        expected=lambda: convolve(grad.float(), dense),
+        expected=lambda: convolve(grad.to(precise), dense.to(precise)),
         tolerance=PASSES[dtype],
         slack=CHAIN[dtype],
         moved=2 * grad.nbytes,
+        device=device,
         # Compiled it is channels-last, for which torch 2.14 has no bfloat16 kernel worth the name on a CPU.
-        compiles=dtype != torch.bfloat16,
+        compiles=device.type != "cpu" or dtype != torch.bfloat16,
     )
 
 
@@ -182,6 +168,7 @@ def philox_uniform(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
         tolerance=0.0,
         slack=None,
         moved=torch.float32.itemsize * torch.Size(shape).numel(),
+        device=device,
     )
 
 
@@ -229,7 +216,7 @@ def diversify(
     Copies are scaled by 1, 1/2, 1/4, ... where there is a geometry. Forward reads the images and writes the batch,
     backward reads the batch's gradient and writes that of the images; K numbers an image are not counted.
     """
-    images = uniform(shape, 1).to(device)
+    images = uniform(shape, 1, device=device)
     mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
     places = None if rate is None else [Place.draw(shape[-1], rate, 10 + copy) for copy in range(copies)]
     noise = None
@@ -269,14 +256,15 @@ def diversify(
             draws = reference_draws(noise.images, noise.copies, shape[1:], *key, -noise.radius, noise.radius)
         return chain(images, draws, torch.float32)
 
-    incoming = normal((copies * shape[0], *shape[1:]), 2).to(device, dtype).contiguous(memory_format=memory_format)
+    drawn = normal((copies * shape[0], *shape[1:]), 2, device=device)
+    incoming = drawn.to(dtype).contiguous(memory_format=memory_format)
 
     def bind(expression: Expression, incoming: Tensor = incoming) -> Run:
         leaf = images.detach().requires_grad_()
         if not backward:
             return lambda: (expression(leaf).detach(),)
-        batch = expression(leaf)
-        return lambda: torch.autograd.grad(batch, leaf, incoming, retain_graph=True)
+        batch = cache(lambda: expression(leaf))
+        return lambda: torch.autograd.grad(batch(), leaf, incoming, retain_graph=True)
 
     # The gradient of the images is float32 whatever the batch is.
     result = torch.float32 if backward else dtype
@@ -288,6 +276,7 @@ def diversify(
         tolerance=COORDINATES[result],
         slack=None if radius is not None and not backward else COORDINATES[result],
         moved=images.nbytes + incoming.nbytes,
+        device=device,
     )
 
 

@@ -20,7 +20,7 @@ from elftools.elf.elffile import ELFFile
 from alignfast import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["alignfast", "csrc", "kernels", "tests"]
+PARTS = ["alignfast", "bench", "csrc", "kernels", "tests"]
 KNOWN_SETS = {
     *("sse2", "sse4_2", "avx", "avx2", "fma", "f16c"),
     *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16"),
@@ -130,7 +130,8 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
         record = archive.read(f"alignfast-{declared()['version']}.dist-info/RECORD").decode()
     names = [line.split(",")[0] for line in record.splitlines()]
     assert {name.split("/")[0] for name in names} == {"alignfast", f"alignfast-{declared()['version']}.dist-info"}
-    assert {"alignfast/kernels/__init__.py", "alignfast/_C.pyi", "alignfast/py.typed"} <= set(names)
+    assert {"alignfast/kernels/__init__.py", "alignfast/bench/run.py"} <= set(names)
+    assert {"alignfast/_C.pyi", "alignfast/py.typed"} <= set(names)
     (module,) = (name for name in names if name.startswith("alignfast/_C.") and name.endswith(".so"))
     assert {name for name in names if name.endswith(".so")} == {module, "alignfast/libalignfast_ops.so"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness
-from bench.harness import Result, Round, Spread, alternate, error, find_fault, measure
-from bench.registry import Case
-from bench.work import Tensors, Work
+from alignfast.bench import harness, sides
+from alignfast.bench.harness import Result, Round, Spread, alternate, measure
+from alignfast.bench.registry import Case
+from alignfast.bench.roofline import Gpu
+from alignfast.bench.sides import Tensors, Work, error, find_fault
+from alignfast.bench.subject import Cost
 
 ONES = torch.ones(2, 3)
 
@@ -48,11 +50,12 @@ def work_of(ours: Tensors, eager: Tensors = (ONES,), *, tolerance: float = 1e-3,
         tolerance=tolerance,
         slack=slack,
         moved=800,
+        device=torch.device("cpu"),
     )
 
 
 def case_of(work: Work, **targets: float) -> Case:
-    return Case("sign_step", "made up", "fp32", (2, 3), lambda shape, dtype, device: work, targets)
+    return Case("ops", "sign_step", "made up", "fp32", (2, 3), lambda shape, dtype, device: work, targets)
 
 
 def measured(seconds: dict[str, list[float]], waited: list[float | None] | None = None) -> list[Round]:
@@ -61,7 +64,7 @@ def measured(seconds: dict[str, list[float]], waited: list[float | None] | None 
 
 
 def fault_of(work: Work) -> str | None:
-    return find_fault(work, harness.make_sides(work, compiled=False))
+    return find_fault(work, sides.make_sides(work, compiled=False))
 
 
 def test_spread() -> None:
@@ -86,8 +89,15 @@ def test_sides_take_turns_at_being_first() -> None:
 
 def test_warm_up_is_not_counted() -> None:
     clock = Clock()
-    rounds = alternate({"ours": clock.side("ours", 100.0, 10.0, 10.0, 1.0)}, seconds=0.0, clock=clock, least=5)
+    rounds = alternate({"ours": clock.side("ours", 1.9, 1.5, 1.5, 1.0)}, seconds=0.0, clock=clock, least=5)
     assert [one.seconds for one in rounds] == [{"ours": 1.0}] * 5
+
+
+def test_a_long_call_is_tried_once() -> None:
+    clock = Clock()
+    rounds = alternate({"ours": clock.side("ours", 100.0, 10.0)}, seconds=0.0, clock=clock, least=5)
+    assert [one.seconds for one in rounds] == [{"ours": 10.0}] * 5
+    assert len(clock.order) == 1 + 5
 
 
 def test_short_calls_are_timed_together_after_one_that_is_not_timed() -> None:
@@ -123,7 +133,7 @@ def test_ratios_are_those_of_medians_with_quartiles_of_rounds() -> None:
         "copy": [0.5, 0.5, 0.5, 0.5, 0.5],
     }
     case = case_of(work_of((ONES,)), eager=6.5, compiled=2.0, copy=0.5)
-    result = Result(case, 3_000_000_000, measured=measured(rounds))
+    result = Result(case, Cost(moved=3_000_000_000), measured=measured(rounds))
     assert result.seconds["ours"] == Spread(1.0, 1.0, 2.0, 1.0)
     # Within rounds: 6, 3, 3, 2, 50.
     assert result.ratios == {"eager": Spread(6.0, 3.0, 6.0, 2.0), "copy": Spread(0.5, 0.25, 0.5, 0.125)}
@@ -170,7 +180,7 @@ def test_error_is_relative_to_the_element_and_to_the_whole() -> None:
 
 
 def test_error_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "CHECKED_AT_ONCE", 7)
+    monkeypatch.setattr(sides, "CHECKED_AT_ONCE", 7)
     for row in range(5):
         result = torch.ones(5, 3)
         result[row, 1] = 2.0
@@ -206,7 +216,7 @@ def test_what_is_right_is_timed_beside_a_copy() -> None:
 
 
 def test_the_copy_moves_the_bytes_of_the_op() -> None:
-    copied = harness.copy_of(800, torch.device("cpu"))()
+    copied = sides.copy_of(800, torch.device("cpu"))()
     assert isinstance(copied, torch.Tensor)
     assert 2 * copied.nbytes == 800
     assert torch.equal(copied, torch.ones(100))
@@ -214,7 +224,9 @@ def test_the_copy_moves_the_bytes_of_the_op() -> None:
 
 def test_rounds_that_were_disturbed_are_left_out() -> None:
     rounds = {"ours": [1.0, 9.0, 1.0, 9.0, 1.0, 1.0, 1.0], "copy": [2.0, 2.0, 2.0, 3.0, 2.0, 2.0, 2.0]}
-    result = Result(case_of(work_of((ONES,))), 1, measured=measured(rounds, [0.0, 0.06, 0.04, 1.0, 0.0, 0.0, 0.0]))
+    result = Result(
+        case_of(work_of((ONES,))), Cost(moved=1), measured=measured(rounds, [0.0, 0.06, 0.04, 1.0, 0.0, 0.0, 0.0])
+    )
     assert not result.disturbed
     assert result.rounds == {"ours": [1.0] * 5, "copy": [2.0] * 5}
     assert result.to_dict()["rounds"] == {"measured": 7, "quiet": 5}
@@ -222,9 +234,30 @@ def test_rounds_that_were_disturbed_are_left_out() -> None:
 
 def test_too_few_quiet_rounds_are_a_disturbance() -> None:
     rounds = {"ours": [1.0, 9.0, 1.0, 9.0, 1.0, 1.0]}
-    result = Result(case_of(work_of((ONES,))), 1, measured=measured(rounds, [0.0, 0.06, 0.0, 1.0, 0.0, 0.0]))
+    result = Result(
+        case_of(work_of((ONES,))), Cost(moved=1), measured=measured(rounds, [0.0, 0.06, 0.0, 1.0, 0.0, 0.0])
+    )
     assert result.disturbed
     assert result.rounds == rounds
+
+
+def test_shares_of_the_peak_and_the_cache_are_those_of_the_gpu() -> None:
+    gpu = Gpu("made up", 1e9, {"fp32": 1e12, "tf32": 4e12}, cache=2**20)
+    rounds = measured({"ours": [4.0] * 5})
+    case = case_of(work_of((ONES,)))
+    large, small, run = (
+        Result(case, cost, measured=rounds, gpu=gpu)
+        for cost in (Cost(moved=2 * 10**9), Cost(moved=2**20), Cost(flops=8 * 10**12))
+    )
+    assert (large.limit, large.of_peak, large.cached) == ("memory", 0.5, False)
+    assert small.cached
+    assert (run.limit, run.of_peak, run.cached) == ("tf32", 0.5, False)
+    assert (run.gigabytes_per_second, run.teraflops_per_second) == (None, 2.0)
+    assert run.to_dict()["expected"]["A100"]["bf16"] == pytest.approx(8 / 312)
+    unknown = Result(case, Cost(flops=1), measured=rounds, gpu=Gpu("unknown", None))
+    assert unknown.of_peak is None
+    on_cpu = Result(case, Cost(moved=1), measured=rounds)
+    assert (on_cpu.of_peak, on_cpu.cached, on_cpu.to_dict()["expected"]) == (None, False, {})
 
 
 def test_the_share_of_waiting_is_over_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:

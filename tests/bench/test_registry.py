@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alignfast import ops
-from bench import harness, work
-from bench.registry import CASES, DTYPES, OPS, Case, select
+from alignfast.bench import sides, work
+from alignfast.bench.registry import CASES, DTYPES, OP_CASES, OPS, Case, select
 
 SMALL = {2: (5, 11), 4: (2, 3, 16, 16)}
 # 2 images of 3 x 16 x 16 have 1536 elements, and 5 rows of 11 logits 55.
@@ -31,7 +31,8 @@ BYTES = {
     ("diversify", "noise 5 copies forward", "bf16"): 1536 * (4 + 5 * 2),
     ("philox_uniform", "unit", "fp32"): 1536 * 4,
 }
-KINDS = list({(case.op, case.variant, case.dtype): case for case in CASES}.values())
+PASSES = {"pgd": 2, "mifgsm": 2, "difgsm": 2, "sinifgsm": 10, "vmifgsm": 7}
+KINDS = list({(case.subject, case.variant, case.dtype): case for case in OP_CASES}.values())
 
 
 def small(case: Case) -> tuple[int, ...]:
@@ -39,30 +40,30 @@ def small(case: Case) -> tuple[int, ...]:
 
 
 def named(op: str, variant: str, dtype: str = "fp32") -> Case:
-    return next(case for case in KINDS if (case.op, case.variant, case.dtype) == (op, variant, dtype))
+    return next(case for case in KINDS if (case.subject, case.variant, case.dtype) == (op, variant, dtype))
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_the_op_and_the_expression_are_right(case: Case) -> None:
-    made = case.work(shape=small(case))
-    assert harness.find_fault(made, harness.make_sides(made, compiled=False)) is None
+    made = case.subject_on(shape=small(case))
+    assert sides.find_fault(made, sides.make_sides(made, compiled=False)) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_what_is_compiled_is_right(case: Case) -> None:
-    made = case.work(shape=small(case))
-    assert harness.find_fault(made, harness.make_sides(made, compiled=True)) is None
+    made = case.subject_on(shape=small(case))
+    assert sides.find_fault(made, sides.make_sides(made, compiled=True)) is None
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_the_check_would_notice(case: Case) -> None:
     """Of results that are off by a tenth, or belong to other images, none passes."""
-    made = case.work(shape=small(case))
+    made = case.subject_on(shape=small(case))
     expected = made.expected()
     for change in (lambda x: 1.1 * x, lambda x: x.flip(tuple(range(x.ndim))) if x.ndim else x + 1):
         changed = tuple(change(tensor) for tensor in expected)
-        assert harness.find_fault(made, {"ours": lambda changed=changed: changed}) is not None
+        assert sides.find_fault(made, {"ours": lambda changed=changed: changed}) is not None
 
 
 def test_every_op_has_cases() -> None:
@@ -77,14 +78,31 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("kind", BYTES, ids="/".join)
 def test_bytes(kind: tuple[str, str, str]) -> None:
     case = named(*kind)
-    assert case.work(shape=small(case)).moved == BYTES[kind]
+    assert case.subject_on(shape=small(case)).cost.moved == BYTES[kind]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_bytes_are_counted_without_memory(case: Case) -> None:
+    assert case.subject_on("meta", small(case)).cost == case.subject_on("cpu", small(case)).cost
+
+
+def test_operations_are_those_of_the_passes() -> None:
+    """A ResNet-18 needs 3.63 GFLOP an image (1.81 of multiply-adds), and about as many for the input's gradient."""
+    costs = {case.subject: case.subject_on("meta").cost for case in select(["attacks"], smallest=True)}
+    assert set(costs) == set(PASSES)
+    for preset, passes in PASSES.items():
+        assert costs[preset].moved == 0
+        assert costs[preset].flops == pytest.approx(passes * 8 * 2 * 3.63e9, rel=0.01), preset
+    (align,) = select(["alignment"])
+    # A ResNet-50 has 8.18 GFLOP and three times as many in training, but for the gradient of the images.
+    assert align.subject_on("meta").cost.flops == pytest.approx(2 * 8 * (3 * 8.18e9 + 3.63e9), rel=0.02)
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_the_dtype_is_that_of_the_op(case: Case) -> None:
-    results = case.work(shape=small(case)).ours()
+    results = case.subject_on(shape=small(case)).ours()
     wanted = DTYPES[case.dtype]
-    if case.op == "kl_div_with_logits":
+    if case.subject == "kl_div_with_logits":
         assert [result.dtype for result in results] == [torch.float32, wanted]
     elif "backward" in case.variant:
         assert [result.dtype for result in results] == [torch.float32]
@@ -94,13 +112,13 @@ def test_the_dtype_is_that_of_the_op(case: Case) -> None:
 
 def test_inputs_are_the_same_every_time() -> None:
     for case in KINDS:
-        first, second = (case.work(shape=small(case)).ours() for _ in range(2))
+        first, second = (case.subject_on(shape=small(case)).ours() for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case.name
 
 
 def test_the_step_in_place_leaves_the_inputs_of_the_expression() -> None:
     case = named("sign_step", "momentum")
-    made = case.work(shape=small(case))
+    made = case.subject_on(shape=small(case))
     before = made.bind(made.expression)()
     adv, momentum = (tensor.clone() for tensor in made.ours())
     made.ours()
@@ -122,12 +140,16 @@ def test_places_are_those_the_peers_draw(rate: float, low: int, padded: int) -> 
 
 
 def test_selection() -> None:
-    assert select() == list(CASES)
-    steps = select(["sign_step"], ["bf16"])
-    assert {(case.op, case.dtype) for case in steps} == {("sign_step", "bf16")}
+    assert select() == [case for case in CASES if "cpu" in case.devices]
+    for device in ("cpu", "cuda"):
+        assert {case.group for case in select(device=device)} == {"ops", "attacks", "alignment"}
+    assert {case.group for case in select(["attacks", "alignment"])} == {"attacks", "alignment"}
+    assert select(["attacks"], ["sign_step"]) == []
+    steps = select((), ["sign_step"], ["bf16"])
+    assert {(case.subject, case.dtype) for case in steps} == {("sign_step", "bf16")}
     assert len(steps) == 6
-    assert [case.shape[0] for case in select(["sign_step"], ["bf16"], "plain")] == [8, 32, 128]
-    assert [case.name for case in select(["sign_step"], match="plain", smallest=True)] == [
+    assert [case.shape[0] for case in select(["ops"], ["sign_step"], ["bf16"], "plain")] == [8, 32, 128]
+    assert [case.name for case in select((), ["sign_step"], match="plain", smallest=True)] == [
         "sign_step/plain/fp32/8x3x224x224",
         "sign_step/plain/bf16/8x3x224x224",
     ]

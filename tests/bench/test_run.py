@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness
-from bench import run as runner
-from bench.registry import Case, select
+from alignfast import cli
+from alignfast.bench import harness, machine
+from alignfast.bench import run as runner
+from alignfast.bench.registry import Case, select
+from alignfast.bench.roofline import A100
 
 Choose = Callable[[Sequence[Case]], None]
 
@@ -37,7 +38,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Choose:
 
 
 def small(op: str = "sign_step", match: str = "plain", **targets: float) -> Case:
-    case = select([op], ["fp32"], match, smallest=True)[0]
+    case = select(["ops"], [op], ["fp32"], match, smallest=True)[0]
     return replace(case, shape=(2, 3, 8, 8), targets=targets)
 
 
@@ -59,7 +60,7 @@ def test_the_table_and_the_file_hold_everything(
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     chosen([small(copy=1e9), small("philox_uniform", "unit")])
     path = tmp_path / "out.json"
-    assert runner.run([*ARGUMENTS, "--threads", "1", "--json", str(path)]) == 0
+    assert cli.run(["bench", *ARGUMENTS, "--threads", "1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     for word in ("sign_step", "philox_uniform", "plain", "2x3x8x8", "vs eager", "of copy", "missed: copy 1e+09"):
         assert word in printed
@@ -96,7 +97,7 @@ def test_a_wrong_result_has_no_speed_and_fails(
 ) -> None:
     chosen([wrong(small(eager=1e9)), small()])
     path = tmp_path / "out.json"
-    assert runner.run([*ARGUMENTS, "--json", str(path)]) == 1
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(path)]) == 1
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "broken" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:4] == ["broken", "fp32", "2x3x8x8", "0.0"]
@@ -110,10 +111,10 @@ def test_a_wrong_result_has_no_speed_and_fails(
 
 def test_only_the_gate_fails_on_a_missed_target(chosen: Choose, capsys: pytest.CaptureFixture[str]) -> None:
     chosen([small(copy=1e9)])
-    assert runner.run(ARGUMENTS) == 0
-    assert runner.run([*ARGUMENTS, "--gate"]) == 1
+    assert cli.run(["bench", *ARGUMENTS]) == 0
+    assert cli.run(["bench", *ARGUMENTS, "--gate"]) == 1
     chosen([small(copy=1e-9)])
-    assert runner.run([*ARGUMENTS, "--gate"]) == 0
+    assert cli.run(["bench", *ARGUMENTS, "--gate"]) == 0
     assert "met" in capsys.readouterr().out
 
 
@@ -123,11 +124,11 @@ def test_the_gate_does_not_pass_what_was_disturbed(
     chosen([small(copy=1e-9)])
     told = iter(range(0, 10**9, 10**6))
     monkeypatch.setattr(harness, "waiting", lambda: float(next(told)))
-    assert runner.run([*ARGUMENTS, "--gate"]) == 1
+    assert cli.run(["bench", *ARGUMENTS, "--gate"]) == 1
     assert "DISTURBED" in capsys.readouterr().out
-    assert runner.run(ARGUMENTS) == 0
+    assert cli.run(["bench", *ARGUMENTS]) == 0
     chosen([small()])
-    assert runner.run([*ARGUMENTS, "--gate"]) == 0
+    assert cli.run(["bench", *ARGUMENTS, "--gate"]) == 0
 
 
 def test_a_run_that_breaks_off_leaves_no_file(chosen: Choose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ def test_a_run_that_breaks_off_leaves_no_file(chosen: Choose, tmp_path: Path, mo
 
     chosen([small()])
     monkeypatch.setattr(runner, "measure", interrupted)
-    assert runner.run(["--json", str(tmp_path / "out.json")]) == runner.INTERRUPTED
+    assert cli.run(["bench", "--json", str(tmp_path / "out.json")]) == cli.INTERRUPTED
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +149,7 @@ def test_a_file_that_cannot_be_finished_is_not_begun(
 
     chosen([small()])
     monkeypatch.setattr(Path, "replace", full)
-    assert runner.run([*ARGUMENTS, "--json", str(tmp_path / "out.json")]) == 1
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(tmp_path / "out.json")]) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,35 +162,112 @@ def test_a_file_that_cannot_be_finished_is_not_begun(
         (["--seconds", "-1"], "seconds: got -1.0"),
         (["--threads", "0"], "threads: got 0"),
         (["--device", "tpu"], "device: got 'tpu'"),
+        (["--device", "cpu:x"], "device: got 'cpu:x'"),
+        (["--group", "op"], "group: got unknown group 'op' (did you mean 'ops'?)"),
+        (["--group", "attacks", "--op", "smooth"], "match: got ''"),
+        (["--compare", "/no/such/file.json"], "compare: cannot use /no/such/file.json"),
         (["--json", "/no/such/folder/out.json"], "json: cannot write to /no/such/folder"),
         (["--opp", "sign_step"], "No such option: --opp"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.run(arguments) == 2
+    assert cli.run(["bench", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"bench: {message}")
+    assert lines[0].startswith(f"alignfast: {message}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "--device", "cuda", "--quick"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("alignfast: device: got 'cuda'; allowed here is cpu (no CUDA device found)")
 
 
 def test_another_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     path.write_text("{}")
-    assert runner.run(["--json", str(path)]) == 2
+    assert cli.run(["bench", "--json", str(path)]) == 2
     assert path.read_text() == "{}"
     assert "exists" in capsys.readouterr().err
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.run(["--list", "--op", "smooth", "--quick"]) == 0
+    assert cli.run(["bench", "--list", "--op", "smooth", "--quick"]) == 0
     assert capsys.readouterr().out.splitlines() == ["smooth/15x15/fp32/8x3x224x224", "smooth/15x15/bf16/8x3x224x224"]
 
 
 def test_no_note_where_the_allocator_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in runner.ALLOCATOR:
-        monkeypatch.setenv(name, "1")
     settings = runner.Settings("cpu", 1, 1.0, False)
-    assert len(runner.notes(runner.machine(), settings)) == 1
-    monkeypatch.delenv(runner.ALLOCATOR[0])
-    assert len(runner.notes(runner.machine(), settings)) == 2
-    assert os.environ.get(runner.ALLOCATOR[1]) == "1"
+    for name in machine.ALLOCATOR:
+        monkeypatch.setenv(name, "1")
+    assert len(runner.notes(machine.machine(torch.device("cpu")), settings, [small()])) == 1
+    monkeypatch.delenv(machine.ALLOCATOR[0])
+    assert len(runner.notes(machine.machine(torch.device("cpu")), settings, [small()])) == 2
+
+
+def test_expectations_need_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert cli.run(["bench", "--expect", "--op", "sign_step", "--match", "plain/fp32/128", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("A100 memory ms", "H100 memory ms", "128x3x224x224", "0.1512"))
+    (times,) = json.loads(path.read_text())["expected"].values()
+    assert times["moved"] == 4 * 128 * 3 * 224 * 224 * 4
+    assert times["A100"] == {"memory": pytest.approx(times["moved"] / 2039e9)}
+    assert times["H100"] == {"memory": pytest.approx(times["moved"] / 3352e9)}
+    assert cli.run(["bench", "--expect", "--group", "alignment", "--match", "bf16/32x"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("align", "A100 tf32 ms", "H100 bf16 ms", "resnet50 to resnet18"))
+
+
+def test_an_earlier_run_is_compared_with(chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen([small(), small("philox_uniform", "unit")])
+    path = tmp_path / "before.json"
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(path)]) == 0
+    assert "vs before" not in capsys.readouterr().out
+    held = json.loads(path.read_text())
+    step, draws = held["cases"]
+    medians = {case["name"]: case["seconds"]["ours"]["median"] for case in (step, draws)}
+    assert runner.read_seconds(path) == medians
+    step["seconds"]["ours"]["median"] = 1e6
+    draws["seconds"] = {}
+    path.write_text(json.dumps(held))
+    assert cli.run(["bench", *ARGUMENTS, "--compare", str(path)]) == 0
+    rows = [line.split("│")[-3].strip() for line in capsys.readouterr().out.splitlines() if "2x3x8x8" in line]
+    assert float(rows[0]) > 1e6
+    assert rows[1] == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cases": [{"name": "a", "seconds": {"ours": 1}}]}'])
+def test_what_no_run_wrote_is_not_compared_with(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "before.json"
+    path.write_text(text)
+    assert cli.run(["bench", "--compare", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"alignfast: compare: cannot use {path}")
+
+
+def test_runs_of_a_gpu_show_peaks_and_expectations(
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands in for a GPU that is as torch would describe it."""
+    gpu = replace(A100, name="NVIDIA A100-SXM4-80GB")
+    facts = {"name": gpu.name, "smi": {"driver_version": "580.1"}}
+    monkeypatch.setattr(harness, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(runner, "machine", lambda device: machine.machine(device) | {"gpu": facts, "chosen": "cuda"})
+    chosen([small()])
+    path = tmp_path / "out.json"
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "NVIDIA A100-SXM4-80GB, driver 580.1, backend of the ops: cuda",
+        "A100 ms",
+        "of peak (memory)",
+        "(L2)",
+    ):
+        assert word in printed
+    written = json.loads(path.read_text())
+    assert written["machine"]["chosen"] == "cuda"
+    (step,) = written["cases"]
+    assert step["fits_l2"] is True
+    assert step["expected"]["H100"]["memory"] == pytest.approx(step["bytes"] / 3352e9)
+    assert step["of_peak"] == pytest.approx(step["bytes"] / 2039e9 / step["seconds"]["ours"]["median"])
