@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from .registry import Case
 from .roofline import GPUS, Gpu, gpu_of, limit_of
-from .subject import Call, Cost
+from .subject import Call, Cost, Subject
 
 Clock = Callable[[], float]
 
@@ -169,16 +169,21 @@ def measure(
     """Check every side of a case and, if all are right, time them for about so many seconds."""
     device = torch.device(device)
     subject, gpu = case.subject_on(device), gpu_of(device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        fault, rounds = _measured(subject, device, seconds, compiled)
+    return Result(case, subject.cost, fault, rounds, gpu)
+
+
+def _measured(
+    subject: Subject, device: torch.device, seconds: float, compiled: bool
+) -> tuple[str | None, Sequence[Round]]:
     calls: dict[str, Call] = {}
     # What raises is as wrong as what returns nonsense, and the other cases are still to be measured.
     try:
         calls, fault = subject.prepare(compiled=compiled)
     except Exception as error:
         fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if fault is not None:
-        return Result(case, subject.cost, fault, gpu=gpu)
-    rounds = alternate(calls, seconds=seconds, clock=clock_of(device))
-    return Result(case, subject.cost, measured=rounds, gpu=gpu)
+    return fault, () if fault is not None else alternate(calls, seconds=seconds, clock=clock_of(device))
 
 
 def expectations(cost: Cost) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -271,3 +272,11 @@ def test_runs_of_a_gpu_show_peaks_and_expectations(
     assert step["fits_l2"] is True
     assert step["expected"]["H100"]["memory"] == pytest.approx(step["bytes"] / 3352e9)
     assert step["of_peak"] == pytest.approx(step["bytes"] / 2039e9 / step["seconds"]["ours"]["median"])
+
+
+def test_commands_of_the_page_are_understood() -> None:
+    page = (Path(__file__).parents[2] / "bench" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:ALIGNFAST_BACKEND=\w+ +)?alignfast (bench .*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.run([*command.split(), "--list"]) == 0
