@@ -27,7 +27,7 @@ from .runs import torchattacks
 from .tables import expected_table, results_table
 
 SECONDS, QUICK_SECONDS = 2.0, 0.3
-PLAIN_WIDTH = 190
+PLAIN_WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def notes(facts: dict[str, Any], settings: Settings, cases: Sequence[Case]) -> l
         )
     if any(case.group == "attacks" for case in cases) and torchattacks() is None:
         lines.append(
-            "Note: torchattacks is not installed (pip install --no-deps torchattacks==3.5.1 requests); attacks are "
+            "Note: torchattacks is not installed (pip install --no-deps torchattacks==3.5.1); attacks are "
             "neither checked against it nor compared with it."
         )
     return lines

@@ -26,13 +26,13 @@ COLUMNS = {
 def results_table(results: Sequence[Result], before: Mapping[str, float]) -> Table:
     """The results of one subject, beside the seconds that ours took before, by the name of the case."""
     cost = results[0].cost
-    on_gpu, limit = results[0].gpu is not None, results[0].limit
+    on_gpu = results[0].gpu is not None
     sides = [side for side in COLUMNS if any(side in result.rounds for result in results)]
     numbers = ["ms", "GB/s" if cost.moved else "TFLOP/s", *(COLUMNS[side] for side in sides)]
     if before:
         numbers.append("vs before")
     if on_gpu:
-        numbers += [*(f"{gpu.name} ms" for gpu in GPUS), f"of peak ({limit})"]
+        numbers += [*(f"{gpu.name} ms" for gpu in GPUS), "of peak"]
     shown = _table(results[0].case, cost, numbers)
     shown.add_column("target")
     for result in results:
@@ -69,7 +69,7 @@ def _head(case: Case, cost: Cost) -> list[str]:
 def _cells(result: Result, sides: Sequence[str], before: Mapping[str, float]) -> list[str]:
     ours, ratios = result.seconds["ours"], result.ratios
     rate = result.gigabytes_per_second or result.teraflops_per_second or 0.0
-    cells = [_spread(ours, 1e3), f"{rate:.3g}{' (L2)' if result.cached else ''}"]
+    cells = [_spread(ours, 1e3), f"{rate:.4g}{' (L2)' if result.cached else ''}"]
     cells += [_spread(ratios[side]) if side in ratios else "" for side in sides]
     if before:
         earlier = before.get(result.case.name)
@@ -77,7 +77,7 @@ def _cells(result: Result, sides: Sequence[str], before: Mapping[str, float]) ->
     if result.gpu is not None:
         expected = expectations(result.cost)
         cells += [f"{expected[gpu.name][result.limit] * 1e3:.4g}" for gpu in GPUS]
-        cells.append("" if result.of_peak is None else f"{result.of_peak:.2f}")
+        cells.append("" if result.of_peak is None else f"{result.of_peak:.2f} ({result.limit})")
     return cells
 
 
@@ -94,4 +94,4 @@ def _judgement(result: Result) -> str:
 
 def _spread(spread: Spread, unit: float = 1.0) -> str:
     """The median, and half of the way between the quartiles in percent of it."""
-    return f"{spread.median * unit:.3g} ±{(spread.high - spread.low) / 2 / spread.median:.0%}"
+    return f"{spread.median * unit:.4g} ±{(spread.high - spread.low) / 2 / spread.median:.0%}"

@@ -262,7 +262,7 @@ def test_runs_of_a_gpu_show_peaks_and_expectations(
     for word in (
         "NVIDIA A100-SXM4-80GB, driver 580.1, backend of the ops: cuda",
         "A100 ms",
-        "of peak (memory)",
+        "(memory)",
         "(L2)",
     ):
         assert word in printed
