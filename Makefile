@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test sanitize demo bench format clean FORCE
+.PHONY: help build test sanitize demo bench machine-code format clean FORCE
 
 PY := $(VENV)/bin/python
 # Through the interpreter, as its script is elsewhere where VENV inherits packages.
@@ -33,6 +33,7 @@ help:
 	@echo 'make sanitize tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
 	@echo 'make bench    ops, attacks and alignment against their peers and the hardware (ARGS="--quick" is short)'
+	@echo 'make machine-code  registers, spills, access widths and occupancy of every GPU kernel (ARGS="--json FILE")'
 	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
 	@echo 'make format   format Python and C++'
 	@echo 'make clean    remove what was built (an environment other than .venv stays)'
@@ -56,6 +57,9 @@ demo: $(BUILT)
 
 bench: $(BUILT)
 	$(VENV)/bin/alignfast bench $(ARGS)
+
+machine-code: $(BUILT)
+	$(PY) -m alignfast.kernels.machine_code $(ARGS)
 
 format: $(BUILT)
 	$(PY) -m ruff check --fix .

@@ -30,19 +30,19 @@ def for_elements(itemsize: int) -> Choice:
 
 
 def for_pixels(pixels: int) -> Choice:
-    """Of a pass over the pixels of images, small ones in one block.
+    """Of a pass that gathers the pixels of images, small ones in one block.
 
-    A thread has at most four, since each needs taps and weights of its own and all of them stay in registers.
+    A thread has one, since its taps, weights and addresses are many and all stay in registers.
     """
-    block = min(512, max(128, power_of_two(pixels)))
-    return Choice(block, warps=block // 128)
+    block = min(256, max(128, power_of_two(pixels)))
+    return Choice(block, warps=block // 32)
 
 
 def for_classes(classes: int, itemsize: int) -> Choice:
-    """Of a pass over a row of logits: up to 64 bytes a thread, and more threads where the row is long."""
-    most = 2048 if itemsize == 8 else 4096
+    """Of a pass over a row of logits: up to 32 bytes a thread, and more threads where the row is long."""
+    most = 1024 if itemsize == 8 else 2048
     block = min(most, max(256, power_of_two(classes)))
-    return Choice(block, warps=max(1, min(8, block * itemsize // 2048)))
+    return Choice(block, warps=max(1, min(8, block * itemsize // 1024)))
 
 
 def for_tiles(length: int, itemsize: int) -> tuple[int, Choice]:

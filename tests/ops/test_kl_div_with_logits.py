@@ -178,6 +178,7 @@ def test_masked_classes_leave_loss_and_gradient_finite(dtype, direction):
     torch.testing.assert_close(losses[3:4], same, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("classes", [7, 21841])
@@ -215,6 +216,7 @@ def test_what_is_no_number_shows(which, bad, direction):
         assert losses.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("witnesses", [None, 1, 3])
@@ -227,6 +229,7 @@ def test_gradcheck(witnesses, reduction, direction):
         )
 
 
+@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -247,6 +250,7 @@ def test_it_is_never_negative_and_zero_for_equal_logits(seed, direction, tempera
     assert bool((gradient.abs() <= rounding).all())
 
 
+@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), temperature=st.floats(0.5, 20.0))
 def test_directions_relate_as_they_must(seed, temperature):
@@ -348,6 +352,7 @@ def op(*arguments, **changes):
     return torch.ops.alignfast.kl_div_with_logits(*arguments, **changes)
 
 
+@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize(
     ("direction", "reduction", "combine"), [("forward", "batchmean", "mean"), ("jsd", "none", "max")]
