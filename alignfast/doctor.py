@@ -57,7 +57,7 @@ def cpu_backend() -> dict[str, Any]:
 
 
 def cuda_backend() -> dict[str, Any]:
-    """The library of CUDA kernels: what it has code for, whether it loads or why not, and the device that torch sees."""
+    """The library of CUDA kernels: what it has code for, whether it loads, and the device that torch sees."""
     reason = None if CUDA_BACKEND.name == "cuda" else CUDA_BACKEND.passed_over.get("cuda") or _reason_not_to_load()
     return {
         "built": CUDA_PATH.exists(),

@@ -8,10 +8,10 @@ it is built there first.
 import torch
 import triton
 import triton.language as tl
+
 from alignfast.kernels.launch import Choice, blocks_of, for_elements, for_pixels, launch
 from alignfast.kernels.philox_uniform import check_draws, philox_stream, uniform_at, uniform_in_fours
 from alignfast.kernels.scalar import divide, flat_offset, is_flat, narrow, wide_dtype, widen
-
 from alignfast.ops.diversify import _check, _check_backward
 
 # Positions of a table that a program makes at a time, and those it looks at to find the first that takes from a pixel.

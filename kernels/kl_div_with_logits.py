@@ -9,9 +9,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from alignfast.kernels.launch import Choice, alignment_of, blocks_of, for_classes, for_elements, launch
 from alignfast.kernels.scalar import narrow, number, wide_dtype, widen
-
 from alignfast.ops.kl_div_with_logits import _backward_fake, _check
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "symmetric": 2, "jsd": 3}

@@ -5,8 +5,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from alignfast.kernels.launch import Choice, blocks_of, launch
 
+from alignfast.kernels.launch import Choice, blocks_of, launch
 from alignfast.ops.philox_uniform import _check
 
 WORD = tl.constexpr(2**32)

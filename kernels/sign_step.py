@@ -5,9 +5,9 @@ summed for each stretch first, and by every program of the next pass once more, 
 import torch
 import triton
 import triton.language as tl
+
 from alignfast.kernels.launch import blocks_of, for_elements, launch
 from alignfast.kernels.scalar import clamped, divide, narrow, number, rounded_to, wide_dtype, widen
-
 from alignfast.ops.sign_step import _check
 
 # Partial results that a program folds at a time.

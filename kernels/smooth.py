@@ -6,9 +6,9 @@ A tile is rows of a plane. In channels-last memory the channels of an image are 
 import torch
 import triton
 import triton.language as tl
+
 from alignfast.kernels.launch import blocks_of, for_tiles, launch
 from alignfast.kernels.scalar import narrow, wide_dtype, widen
-
 from alignfast.ops.smooth import _check
 
 

@@ -18,6 +18,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from alignfast import _C
+from alignfast.native import CUDA_PATH
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["alignfast", "bench", "csrc", "kernels", "tests"]
@@ -105,12 +106,17 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    run_python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sdist))
+    # One architecture of GPUs does for the tests.
+    run_python(
+        *("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sdist)),
+        CMAKE_ARGS="-DALIGNFAST_CUDA_ARCHITECTURES=90-real",
+    )
     return next(out.glob("*.whl"))
 
 
-def run_python(*arguments: str) -> None:
-    run = subprocess.run([sys.executable, *arguments], cwd="/", capture_output=True, text=True, check=False)
+def run_python(*arguments: str, **variables: str) -> None:
+    command, environment = [sys.executable, *arguments], os.environ | variables
+    run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -118,7 +124,7 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     for part in PARTS:
-        sources = {path for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"}}
+        sources = {path for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}}
         assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
     assert {"CMakeLists.txt", "LICENSE", "Makefile", "pyproject.toml", "setup.py", "alignfast/py.typed"} <= names
@@ -133,8 +139,9 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert {"alignfast/kernels/__init__.py", "alignfast/bench/run.py"} <= set(names)
     assert {"alignfast/_C.pyi", "alignfast/py.typed"} <= set(names)
     (module,) = (name for name in names if name.startswith("alignfast/_C.") and name.endswith(".so"))
-    assert {name for name in names if name.endswith(".so")} == {module, "alignfast/libalignfast_ops.so"}
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+    libraries = {"alignfast/libalignfast_ops.so"} | ({"alignfast/libalignfast_cuda.so"} if CUDA_PATH.exists() else set())
+    assert {name for name in names if name.endswith(".so")} == {module} | libraries
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".o"))]
 
 
 def test_wheel_is_of_this_python_and_platform(wheel: Path) -> None:
@@ -158,7 +165,7 @@ def test_libraries_of_the_wheel_hold_symbols_and_no_path(wheel: Path, tmp_path: 
     """A path to libraries would be one of the machine that built it; the tests of the kernels read the symbols."""
     with zipfile.ZipFile(wheel) as archive:
         libraries = [archive.extract(name, tmp_path) for name in archive.namelist() if name.endswith(".so")]
-    assert len(libraries) == 2
+    assert len(libraries) == 3 if CUDA_PATH.exists() else 2
     for library in libraries:
         with Path(library).open("rb") as file:
             elf = ELFFile(file)

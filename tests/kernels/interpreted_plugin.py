@@ -15,10 +15,10 @@ import torch
 
 
 def pytest_configure(config):
-    from alignfast.kernels.register import register
     from triton.runtime import interpreter
 
     import alignfast  # noqa: F401, for the ops that are then served
+    from alignfast.kernels.register import register
 
     interpreter._patch_lang = patched_once(interpreter._patch_lang)
     interpreter.InterpreterBuilder.cast_impl = cast_with_bfloat16(interpreter.InterpreterBuilder.cast_impl)
