@@ -139,8 +139,8 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert {"alignfast/kernels/__init__.py", "alignfast/bench/run.py"} <= set(names)
     assert {"alignfast/_C.pyi", "alignfast/py.typed"} <= set(names)
     (module,) = (name for name in names if name.startswith("alignfast/_C.") and name.endswith(".so"))
-    libraries = {"alignfast/libalignfast_ops.so"} | ({"alignfast/libalignfast_cuda.so"} if CUDA_PATH.exists() else set())
-    assert {name for name in names if name.endswith(".so")} == {module} | libraries
+    libraries = ["libalignfast_ops.so", "libalignfast_cuda.so"] if CUDA_PATH.exists() else ["libalignfast_ops.so"]
+    assert {name for name in names if name.endswith(".so")} == {module, *(f"alignfast/{name}" for name in libraries)}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".o"))]
 
 
