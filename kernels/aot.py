@@ -1,7 +1,7 @@
 """Compiles the Triton kernels to machine code without a device, as launches on typical inputs would have them.
 
 The inputs are tensors without memory: a launcher runs on them as it always does, but its launches are listed. So what
-is compiled has the block sizes and the knowledge of alignment that a launch has, and nothing of either is repeated here.
+is compiled has the block sizes and the knowledge of alignment that a launch has, and neither is repeated here.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def diversify_backward(grad, copies, scale, resized, top, left, padded, std, dty
 def _copy(images, out, value, noise, mixing, scale, normalisation):
     """Into `out` what does not need the neighbours of a pixel."""
     pixels = images.shape[2:].numel()
-    choice = for_elements(images.element_size())
+    choice = for_elements(images.element_size(), scattered=not out.is_contiguous())
     blocks = blocks_of(choice.block, pixels)
     launch(
         _copy_kernel,

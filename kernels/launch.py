@@ -24,9 +24,12 @@ class Choice:
     warps: int
 
 
-def for_elements(itemsize: int) -> Choice:
-    """Of a pass over elements that lie side by side: each of 128 threads has up to 32 bytes of every tensor."""
-    return Choice(block=512 if itemsize == 8 else 1024, warps=4)
+def for_elements(itemsize: int, scattered: bool = False) -> Choice:
+    """Of a pass over elements that lie side by side: a thread has up to 32 bytes of every tensor.
+
+    scattered: they do not lie side by side where they are written, whose addresses take registers; a thread has 16.
+    """
+    return Choice(block=512 if itemsize == 8 else 1024, warps=8 if scattered and itemsize > 2 else 4)
 
 
 def for_pixels(pixels: int) -> Choice:
