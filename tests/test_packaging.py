@@ -124,7 +124,8 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     for part in PARTS:
-        sources = {path for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}}
+        suffixes = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
+        sources = {path for path in (ROOT / part).rglob("*") if path.suffix in suffixes}
         assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
     assert {"CMakeLists.txt", "LICENSE", "Makefile", "pyproject.toml", "setup.py", "alignfast/py.typed"} <= names

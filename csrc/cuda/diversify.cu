@@ -1,8 +1,7 @@
-#include "cuda/diversify.cuh"
-
 #include <limits>
 
 #include "checks/diversify.h"
+#include "cuda/diversify.cuh"
 #include "cuda/launch.h"
 
 namespace alignfast {
@@ -138,8 +137,13 @@ Tensor diversify(Tensor images, int64_t copies, double noise_radius, std::vector
       build_plain(launch, plain, rows);
     }
     build_resized<V>(launch,
-                     {batch_of(out, channels_last, DIVERSIFY_THREADS), planes_of(source), made, count, {},
-                      numbers_of(scale), normalisation},
+                     {batch_of(out, channels_last, DIVERSIFY_THREADS),
+                      planes_of(source),
+                      made,
+                      count,
+                      {},
+                      numbers_of(scale),
+                      normalisation},
                      geometry_of(*resized, *top, *left, padded, images.size(2)), images);
   };
   images.scalar_type() == ScalarType::Double ? build(double()) : build(float());

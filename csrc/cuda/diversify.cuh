@@ -1,5 +1,5 @@
-// From images to a model's batch and back. A block has a run of pixels of one image of the result, in all channels or in
-// up to four of them, and collects its values in shared memory, so that they are written in the order of the memory
+// From images to a model's batch and back. A block has a run of pixels of one image of the result, in all channels or
+// in up to four of them, and collects its values in shared memory, so that they are written in the order of the memory
 // whichever order they were found in.
 
 #pragma once
@@ -85,9 +85,9 @@ __device__ void write_run(const DiversifyBatch& batch, const DiversifyRun& run, 
       const int channel = pixelwise ? element - pixel * run.channels : line;
       values[j] = element < length ? staged[channel * PIXELS + pixel] : V(0);
     }
-    const int64_t place =
-        pixelwise ? (run.row * batch.pixels + run.first) * batch.channels + run.channel + first
-                  : (run.row * batch.channels + run.channel + line) * batch.pixels + run.first + first;
+    const int64_t place = pixelwise
+                              ? (run.row * batch.pixels + run.first) * batch.channels + run.channel + first
+                              : (run.row * batch.channels + run.channel + line) * batch.pixels + run.first + first;
     const bool together = !pixelwise || batch.groups == 1;
     const int64_t bytes = place * size_of(batch.dtype);
     if (together && first + N <= length && is_aligned(static_cast<const char*>(batch.data) + bytes)) {
@@ -98,8 +98,8 @@ __device__ void write_run(const DiversifyBatch& batch, const DiversifyRun& run, 
     for (int j = 0; j < N; ++j) {
       if (first + j >= length) continue;
       const int element = first + j, pixel = element / run.channels;
-      const int64_t apart = (run.row * batch.pixels + run.first + pixel) * batch.channels + run.channel + element -
-                            pixel * run.channels;
+      const int64_t apart =
+          (run.row * batch.pixels + run.first + pixel) * batch.channels + run.channel + element - pixel * run.channels;
       store_value(values[j], batch.dtype, batch.data, together ? place + j : apart);
     }
   }
@@ -274,8 +274,8 @@ __device__ void taps_of_position(const ResizePads& pads, const ResizePadPlace& p
 
 // A line of a table for each block.
 template <class V>
-__global__ void __launch_bounds__(TAPS_THREADS) diversify_taps(ResizePads pads, int64_t image_count,
-                                                               TapTable<V> table) {
+__global__ void __launch_bounds__(TAPS_THREADS)
+    diversify_taps(ResizePads pads, int64_t image_count, TapTable<V> table) {
   const int64_t row = blockIdx.x / 2;
   const ResizePadPlace place = pads.place(row / image_count, row % image_count);
   const int64_t line = static_cast<int64_t>(blockIdx.x) * pads.size;
@@ -299,8 +299,8 @@ struct SourceTable {
 };
 
 template <class V>
-__global__ void __launch_bounds__(TAPS_THREADS) diversify_sources(ResizePads pads, int64_t image_count,
-                                                                  SourceTable<V> table) {
+__global__ void __launch_bounds__(TAPS_THREADS)
+    diversify_sources(ResizePads pads, int64_t image_count, SourceTable<V> table) {
   const int64_t row = blockIdx.x / 2;
   const ResizePadPlace place = pads.place(row / image_count, row % image_count);
   const int64_t offset = blockIdx.x % 2 == 0 ? place.top : place.left;
@@ -475,8 +475,7 @@ __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_adjoint_resize
       const int64_t rows = 2 * row * batch.width + y, columns = (2 * row + 1) * batch.width + x;
       V sums[STAGED_CHANNELS] = {};
       const int64_t base = row * grad.strides[0] + run.channel * grad.strides[1] +
-                           adjoint.table.first[rows] * grad.strides[2] +
-                           adjoint.table.first[columns] * grad.strides[3];
+                           adjoint.table.first[rows] * grad.strides[2] + adjoint.table.first[columns] * grad.strides[3];
       with_stored(grad.dtype, [&](auto type) {
         const auto* data = static_cast<const decltype(type)*>(grad.data) + base;
         for (int i = 0; i < MAX_SOURCES; ++i) {

@@ -66,7 +66,7 @@ template <class V>
 __device__ __forceinline__ V load_value(Dtype dtype, const void* data, int64_t offset) {
   V value = 0;
   with_stored(dtype,
-                 [&](auto type) { value = static_cast<V>(widen(static_cast<const decltype(type)*>(data)[offset])); });
+              [&](auto type) { value = static_cast<V>(widen(static_cast<const decltype(type)*>(data)[offset])); });
   return value;
 }
 
