@@ -7,6 +7,8 @@ TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
 TIMM ?= 1.0.31
 TORCHATTACKS ?= 3.5.1
+# Processes that share the tests, a file to each at a time; one thread each, since two of them fighting for a core take longer.
+JOBS ?= 2
 EXTRAS ?= test dev imagenet-lite formats
 ARGS ?=
 
@@ -46,7 +48,7 @@ test: $(BUILT)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CLANG_FORMATTED)
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 	$(PY) tests/native/sanitize.py
 
 sanitize: $(BUILT)

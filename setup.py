@@ -52,6 +52,9 @@ class CMakeBuild(build_ext):
         target = ext.name.rpartition(".")[2].removeprefix("lib")
         subprocess.check_call([cmake_program, "--build", build, "--target", target, *parallel_flags(self.parallel)])
         subprocess.check_call([cmake_program, "--install", build, "--prefix", package, "--component", target])
+        if self.editable_mode and ext.optional and not Path(self.get_ext_fullpath(ext.name)).exists():
+            # One that was built with other settings would be loaded from the source tree.
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 
 def torch_folder() -> str:
