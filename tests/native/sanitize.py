@@ -2,8 +2,8 @@
 
     python tests/native/sanitize.py [ARGUMENTS OF PYTEST]
 
-First on a copy of the package that is built with them, build/sanitize; what is built in place stays. Then on the CUDA
-kernels, run by the emulation. Says so and succeeds where the compiler has no sanitizers.
+On a copy of the package that is built with them, build/sanitize; what is built in place stays. At the same time on the
+CUDA kernels, run by the emulation. Says so and succeeds where the compiler has no sanitizers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "sanitize"
-PARTS = ["alignfast", "csrc", "kernels", "tests"]
+PARTS = ["alignfast", "bench", "csrc", "kernels", "tests"]
 PARTS += ["setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"]
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 # Python loads the runtimes last, but they have to come first; the C++ library as well, since they wrap its throw.
@@ -42,17 +43,30 @@ def main() -> int:
         emulated, cwd=ROOT, env=os.environ | {"CXX": compiler}, stdout=subprocess.PIPE, text=True, check=True
     )
     environment = environment_of(runtimes)
-    status = run_tests(COPY, environment, [])
-    if status != 0:
-        return status
-    return run_tests(ROOT, environment | {"ALIGNFAST_EMULATED": made.stdout.strip()}, EMULATED)
+    runs = [
+        (COPY, environment, []),
+        (ROOT, environment | {"ALIGNFAST_EMULATED": made.stdout.strip()}, EMULATED),
+    ]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        outcomes = list(pool.map(run_tests, *zip(*runs, strict=True)))
+    for outcome in outcomes:
+        print(outcome.stdout)
+    return max(abs(outcome.returncode) for outcome in outcomes)
 
 
-def run_tests(folder: Path, environment: dict[str, str], arguments: list[str]) -> int:
+def run_tests(folder: Path, environment: dict[str, str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
     # -s, because a process that a sanitizer ends takes with it what pytest has captured.
     pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments, "tests/ops"]
     run = [*pytest, *sys.argv[1:]]
-    return subprocess.run(run, cwd=folder, env=environment | {"PYTHONPATH": str(folder)}, check=False).returncode
+    return subprocess.run(
+        run,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
 
 
 def environment_of(runtimes: list[Path | None]) -> dict[str, str]:
@@ -65,6 +79,7 @@ def environment_of(runtimes: list[Path | None]) -> dict[str, str]:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
         "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "1",
     }
 
 
