@@ -48,8 +48,9 @@ __device__ __forceinline__ void store_pack(const T (&from)[N], T* to) {
   constexpr int WORDS = N * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(Word));
   Word words[WORDS];
   memcpy(words, from, sizeof(words));
+  // By an instruction of its own, as nvcc takes the assignment of a word apart where there is only one.
 #pragma unroll
-  for (int i = 0; i < WORDS; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
+  for (int i = 0; i < WORDS; ++i) __stwb(reinterpret_cast<Word*>(to) + i, words[i]);
 }
 
 // Calls visit with a value of the type, for its type alone.

@@ -63,6 +63,11 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
+template <class Word>
+void __stwb(Word* to, Word word) {
+  *to = word;
+}
+
 // Barriers.
 
 inline void __syncthreads(emulation::Place where = emulation::Place::here()) {
