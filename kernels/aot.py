@@ -54,6 +54,12 @@ class Variant:
         name: str = self.launch.kernel.__name__
         return name.strip("_").removesuffix("_kernel")
 
+    @property
+    def block(self) -> int:
+        """Elements that a program has at a time."""
+        size: int = self.launch.constants["BLOCK"] * self.launch.constants.get("ROWS", 1)
+        return size
+
 
 def variants(dtypes: dict[str, torch.dtype] = DTYPES) -> Iterator[Variant]:
     """Every kernel of every op, in the dtypes and main cases that matter."""

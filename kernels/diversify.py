@@ -111,7 +111,11 @@ def diversify_backward(grad, copies, scale, resized, top, left, padded, std, dty
         span = 2 if padded == width else 4
         tables = _tables(resized, top, left, padded, width, span, wide, _adjoint_taps_kernel)
     pixels = height * width
-    choice = for_pixels(pixels)
+    if resized is None:
+        itemsize = max(grad.element_size(), out.element_size())
+        choice = for_elements(itemsize, scattered=grad.stride(3) != 1)
+    else:
+        choice = for_pixels(pixels)
     blocks = blocks_of(choice.block, pixels)
     launch(
         _adjoint_kernel,

@@ -56,7 +56,7 @@ def kl_div_with_logits(student, teacher, temperature, direction, reduction, comb
     }
     rows = student.new_empty((ROW_NUMBERS, witnesses * samples), dtype=torch.float64)
     shares = student.new_empty((witnesses, samples), dtype=torch.float64)
-    launch(_rows_kernel, student, witnesses * samples, choice, *logits, rows, samples, temperature, **constants)
+    launch(_divergences_kernel, student, witnesses * samples, choice, *logits, rows, samples, temperature, **constants)
     launch(
         _combine_kernel,
         student,
@@ -206,7 +206,7 @@ def _log_of_ratio(delta, temperature, log_ratio, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _rows_kernel(
+def _divergences_kernel(
     student,
     student_strides,
     teacher,
