@@ -145,11 +145,19 @@ def _linear(parts: str, wide: torch.dtype) -> tuple[Any, ...]:
     return scale, resized, resized, resized, padded, torch.empty(3, dtype=wide, device="meta")
 
 
-def _moved(launch: Launch) -> tuple[int, int]:
-    """Elements of the largest tensor that a launch is given, and the bytes of all, each counted once.
+# Tensors that the passes of sign_step read or write, without and with momentum. They are given all of them.
+SIGN_STEP_TENSORS = {
+    "_l1_kernel": (1, 1),
+    "_linf_kernel": (4, 6),
+    "_l2_direction_kernel": (1, 3),
+    "_l2_length_kernel": (1, 1),
+    "_l2_move_kernel": (4, 4),
+    "_l2_project_kernel": (3, 3),
+}
 
-    More than is moved where a kernel leaves a tensor alone, less where it has to read one twice.
-    """
+
+def _moved(launch: Launch) -> tuple[int, int]:
+    """Elements of the largest tensor that a launch is given, and the bytes of all, each counted once."""
     tensors: list[Tensor] = []
     pending = list(launch.arguments)
     while pending:
@@ -158,8 +166,11 @@ def _moved(launch: Launch) -> tuple[int, int]:
             pending.extend(argument)
         elif isinstance(argument, Tensor) and not any(argument is tensor for tensor in tensors):
             tensors.append(argument)
-    largest = max(tensor.numel() for tensor in tensors)
-    return largest, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    largest = max(tensors, key=torch.numel)
+    counts = SIGN_STEP_TENSORS.get(launch.kernel.__name__)
+    if counts is not None:
+        return largest.numel(), counts[launch.constants.get("MOMENTUM", False)] * largest.nbytes
+    return largest.numel(), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def compiled(launch: Launch, target: GPUTarget) -> CompiledKernel:

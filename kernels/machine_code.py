@@ -231,7 +231,8 @@ def read_amdgcn(assembly: str) -> Instructions:
         kind: Counter(widths[size.removesuffix("_d16_hi").removesuffix("_d16")] for k, size in kinds if k == kind)
         for kind in ("load", "store")
     }
-    spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+    # Scalar registers spill to lanes of vector registers, and only these to memory.
+    spills = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly))
     return Instructions(dict(found["load"]), dict(found["store"]), spills, len(re.findall(r"\bs_barrier\b", assembly)))
 
 
