@@ -232,10 +232,18 @@ __global__ void __launch_bounds__(DIVERSIFY_THREADS, 4) diversify_plain(Diversif
   write_run<V, PLAIN_PIXELS>(batch, run, staged);
 }
 
-// Where a copy is resized and padded to. A copy out of range becomes NaN.
+// Where a copy is resized and padded to. A copy out of range becomes NaN, all of it: hence both offsets count for the
+// rows and for the columns.
 struct ResizePads {
   Counts resized, top, left;
   int64_t padded, size;
+
+  __device__ bool allows(const ResizePadPlace& place) const {
+    if (place.resized == 0) return true;
+    if (place.resized < 0 || place.resized > padded) return false;
+    const int64_t room = padded - place.resized;
+    return 0 <= place.top && place.top <= room && 0 <= place.left && place.left <= room;
+  }
 
   __device__ ResizePadPlace place(int64_t copy, int64_t image) const {
     return {resized.at(copy, image), top.at(copy, image), left.at(copy, image), padded};
@@ -258,10 +266,10 @@ __device__ void taps_of_position(const ResizePads& pads, const ResizePadPlace& p
                                  int (&index)[MAX_TAPS], V (&weight)[MAX_TAPS]) {
   Tap found[MAX_TAPS];
   int count = 1;
-  if (place.resized == 0) {
-    found[0] = {position, 1};
-  } else if (place.resized < 0 || place.resized > pads.padded || offset < 0 || offset > pads.padded - place.resized) {
+  if (!pads.allows(place)) {
     found[0] = {position, NAN};
+  } else if (place.resized == 0) {
+    found[0] = {position, 1};
   } else {
     count = resize_pad_taps(position, pads.size, place.resized, offset, pads.padded, found);
   }

@@ -424,7 +424,6 @@ def test_any_number_of_channels(channels, geometric, given, wanted):
     cases.assert_near(gradient, right_gradient, ulps=64, scale=float(right_gradient.abs().max()))
 
 
-@pytest.mark.no_interpreter(reason="millions of pixels")
 @pytest.mark.parametrize("resized", [1, 2, 7, 60, 224, 245, 246])
 @pytest.mark.parametrize("padded", [224, 246, 700])
 def test_geometry_of_common_size(resized, padded):
@@ -442,7 +441,6 @@ def test_geometry_of_common_size(resized, padded):
     cases.assert_near(gradient, right_gradient, ulps=64, scale=float(right_gradient.abs().max()))
 
 
-@pytest.mark.no_interpreter(reason="millions of pixels")
 def test_batches_larger_than_the_caches():
     """Rows are asked for ahead then; images at both ends of the batch are those of a small one."""
     images = cases.random((40, 3, 224, 224), 25, torch.float32)
@@ -475,7 +473,6 @@ def test_threads_change_nothing():
     checks.same_on_any_thread_count(compute)
 
 
-@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("geometric", ["shrink", "enlarge", "nothing"])
 def test_it_compiles_whole(geometric):
     images = cases.random((2, 3, 8, 8), 30, torch.float32).requires_grad_()

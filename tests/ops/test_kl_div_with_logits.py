@@ -178,7 +178,6 @@ def test_masked_classes_leave_loss_and_gradient_finite(dtype, direction):
     torch.testing.assert_close(losses[3:4], same, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("classes", [7, 21841])
@@ -216,7 +215,6 @@ def test_what_is_no_number_shows(which, bad, direction):
         assert losses.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("witnesses", [None, 1, 3])
@@ -229,7 +227,6 @@ def test_gradcheck(witnesses, reduction, direction):
         )
 
 
-@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -250,7 +247,6 @@ def test_it_is_never_negative_and_zero_for_equal_logits(seed, direction, tempera
     assert bool((gradient.abs() <= rounding).all())
 
 
-@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), temperature=st.floats(0.5, 20.0))
 def test_directions_relate_as_they_must(seed, temperature):
@@ -352,7 +348,6 @@ def op(*arguments, **changes):
     return torch.ops.alignfast.kl_div_with_logits(*arguments, **changes)
 
 
-@pytest.mark.no_interpreter(reason="minutes of small launches; other tests cover the same")
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize(
     ("direction", "reduction", "combine"), [("forward", "batchmean", "mean"), ("jsd", "none", "max")]
@@ -398,7 +393,6 @@ def test_a_second_derivative_is_refused():
             gradient.square().sum().backward()
 
 
-@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_it_compiles_in_one_graph_forward_and_backward(autocast):
     layer = torch.nn.Linear(6, 9)

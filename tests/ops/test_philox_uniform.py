@@ -246,7 +246,6 @@ def test_threads_change_nothing(shape):
     checks.same_on_any_thread_count(lambda: [philox_uniform(index(5, 6, 7), index(0, 1), shape, seed=3)])
 
 
-@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 def test_it_compiles_whole():
     images, copies = index(5, 6, 7), index(0)
     factor = cases.random((1, 3, 4), 1, torch.float32).requires_grad_()

@@ -311,7 +311,6 @@ def test_threads_change_nothing(shape, norm):
     checks.same_on_any_thread_count(compute)
 
 
-@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("momentum", [False, True])
 def test_it_compiles_whole(momentum):
     given = inputs((3, 3, 6, 7), 33, torch.float32, momentum)

@@ -171,7 +171,6 @@ def test_threads_change_nothing():
     checks.same_on_any_thread_count(lambda: [smooth(grad, kernel)])
 
 
-@pytest.mark.no_interpreter(reason="compiled code calls the op as other code does, and takes long to compile")
 @pytest.mark.parametrize("layout", [cases.contiguous, cases.channels_last])
 def test_it_compiles_whole(layout):
     kernel = cases.random((5,), 24, torch.float32)
