@@ -106,9 +106,7 @@ def diversify_backward(grad, copies, scale, resized, top, left, padded, std, dty
     scale, std = (None if part is None else part.contiguous() for part in (scale, std))
     tables, span = (None, None), 0
     if resized is not None:
-        # More positions than these never take from one pixel: those that do lie less than (resized + size) / padded
-        # from a point, or less than resized / size where nothing is resized back.
-        span = 2 if padded == width else 4
+        span = sources_of(width, padded)
         tables = _tables(resized, top, left, padded, width, span, wide, _adjoint_taps_kernel)
     pixels = height * width
     if resized is None:
@@ -137,6 +135,15 @@ def diversify_backward(grad, copies, scale, resized, top, left, padded, std, dty
         WIDE=value,
     )
     return out
+
+
+def sources_of(size, padded):
+    """How many neighbouring positions of the result take from one pixel, at most.
+
+    Those that do lie less than (resized + size) / padded from a point, or less than resized / size where nothing is
+    resized back.
+    """
+    return 2 if padded == size else 4
 
 
 def _copy(images, out, value, noise, mixing, scale, normalisation):
