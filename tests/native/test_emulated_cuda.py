@@ -67,6 +67,14 @@ def test_kernels_that_fail_to_load_fail_the_run(library, tmp_path):
     assert "missing.so" in run.stdout + run.stderr
 
 
+def test_a_failed_launch_names_the_kernel_the_grid_and_the_sizes(library):
+    """An order that the emulation does not know is refused at the launch."""
+    run = run_python(library, EVERY_OP, order="sideways")
+    assert run.returncode != 0
+    message = r"RuntimeError: \w+: launch of \d+ blocks of \d+ threads for a tensor of \[\d[\d, ]*\] failed: "
+    assert re.search(message + "ALIGNFAST_EMULATION_ORDER: got sideways", run.stderr)
+
+
 def test_a_library_of_other_kernels_is_refused(library):
     """Else the tests of the ops would pass without any kernel of csrc/cuda."""
     run = run_python(ROOT / "alignfast" / "libalignfast_ops.so", *PYTEST, "tests/ops/test_philox_uniform.py")
