@@ -4,14 +4,27 @@ Triton reads the variable when a kernel is defined, so it is set before anything
 """
 
 import os
+from collections import Counter
 from functools import cache
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# Of a property, in place of some dozens.
+EXAMPLES = 6
+# By a part of their names, tests that say nothing of kernels that others do not, and why they take too long here.
+LEFT_OUT = {
+    "compiles_whole": "compiled code calls the op as other code does",
+    "of_common_size": "millions of pixels",
+    "larger_than_the_caches": "millions of pixels",
+}
+# And of those that remain in a run of every test.
+SELDOM = {"gradcheck": "launches for every element, where other tests compare gradients and adjoints"}
 
 
 def pytest_configure(config):
@@ -55,9 +68,55 @@ def cast_with_bfloat16(cast):
     return cast_impl
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-test", action="store_true", help="run all tests, which takes most of an hour")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    """Leaves out combinations of parameters, as the interpreter is thousands of times slower than a GPU."""
+    every_test = config.getoption("every_test")
+    names = [*LEFT_OUT, *([] if every_test else SELDOM)]
+    chosen = [item for item in items if not any(name in item.name for name in names)]
+    if not every_test:
+        chosen = [item for group in by_function(chosen).values() for item in covering(group)]
+        for item in chosen:
+            limit_examples(item.obj)
+    found, kept = len(items), {id(item) for item in chosen}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+    config.get_terminal_writer().line(f"interpreted: {len(items)} of {found} tests")
+
+
+def by_function(items):
+    found = {}
     for item in items:
-        for name in ("cpu_only", "no_interpreter"):
-            mark = item.get_closest_marker(name)
-            if mark:
-                item.add_marker(pytest.mark.skip(reason=mark.kwargs.get("reason", name)))
+        found.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return found
+
+
+def covering(items):
+    """Few items of one test function that have every value of every parameter between them."""
+    values = {id(item): values_of(item) for item in items}
+    missing = set().union(*values.values())
+    chosen, uses = [], Counter()
+    while missing or not chosen:
+        # Of equally good ones that with the values that are rarest so far, and then the first: the choice is always
+        # the same.
+        best = max(items, key=lambda item: (len(values[id(item)] & missing), -sum(uses[v] for v in values[id(item)])))
+        chosen.append(best)
+        missing -= values[id(best)]
+        uses.update(values[id(best)])
+    return chosen
+
+
+def values_of(item):
+    # By identity, as values may be tensors; combinations share them.
+    return {(name, id(value)) for name, value in item.callspec.params.items()} if hasattr(item, "callspec") else set()
+
+
+def limit_examples(test):
+    """Of a property; what the test asks for otherwise stays."""
+    settings = getattr(test, "_hypothesis_internal_use_settings", None)
+    if settings is not None and settings.max_examples > EXAMPLES:
+        test._hypothesis_internal_use_settings = hypothesis.settings(settings, max_examples=EXAMPLES)
