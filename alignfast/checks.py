@@ -34,7 +34,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """One of `allowed`; else ValueError with the nearest spelling."""
     options = list(allowed)
     if value not in options:
-        raise ValueError(f"{name}: got {value!r}{_hint(value, options)}; allowed is one of {', '.join(options)}")
+        raise ValueError(f"{name}: got {value!r}{hint(value, options)}; allowed is one of {', '.join(options)}")
     return value
 
 
@@ -43,8 +43,9 @@ def check_known(name: str, kind: str, given: Iterable[str], allowed: Iterable[st
     options = list(allowed)
     for item in given:
         if item not in options:
-            hint = _hint(item, options)
-            raise ValueError(f"{name}: got unknown {kind} {item!r}{hint}; allowed are {', '.join(options)}")
+            raise ValueError(
+                f"{name}: got unknown {kind} {item!r}{hint(item, options)}; allowed are {', '.join(options)}"
+            )
 
 
 def check_shape(name: str, shape: Sequence[int], expected: Sequence[int | None]) -> None:
@@ -93,7 +94,8 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int | None)
         raise ValueError(f"{name}: values span [{low}, {high}]; allowed is {allowed}")
 
 
-def _hint(value: object, options: Sequence[str]) -> str:
+def hint(value: object, options: Sequence[str]) -> str:
+    """The nearest spelling among `options`, as words to put behind what was given; empty if none is near."""
     near = difflib.get_close_matches(str(value), options, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -18,7 +18,7 @@ from alignfast.attacks.presets import (
     create,
 )
 from alignfast.attacks.shaping import Shaping, Smoothing
-from alignfast.attacks.steps import SignStep, StepRule
+from alignfast.attacks.steps import L2Step, SignStep, StepRule
 from alignfast.attacks.transforms import InputDiversity, Neighbors, Scales, Transform
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "CrossEntropy",
     "Estimator",
     "InputDiversity",
+    "L2Step",
     "Neighbors",
     "Objective",
     "Plain",

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignfast.attacks.draws import FIRST_SLOT, FURTHER_SLOT, START_SLOT, Draws
-from alignfast.attacks.estimators import Estimator, Moment, Plain
-from alignfast.attacks.graph import CAPTURES, Graphs
+from alignfast.attacks.chunks import ChunksByShape
+from alignfast.attacks.component import Component, Memory, Position, Start
+from alignfast.attacks.estimators import Estimator, Plain
+from alignfast.attacks.gradient import Gradient, Task
+from alignfast.attacks.graph import CAPTURES, Graphs, Step
 from alignfast.attacks.objectives import CrossEntropy, Objective
 from alignfast.attacks.shaping import Shaping
 from alignfast.attacks.state import State
 from alignfast.attacks.steps import SignStep, StepRule
 from alignfast.attacks.transforms import Transform
-from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_images, check_labels, check_number
+from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, SAMPLE_SLOT, START_SLOT, Draws
 from alignfast.models import Classifier, as_classifier, evaluating
-from alignfast.ops.philox_uniform import MAX_COPY
 
 PLAIN, SIGN, CROSS_ENTROPY = Plain(), SignStep(), CrossEntropy()
 
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """An iterative L-inf attack on `source`, put together from components.
+    """An iterative attack on `source`, put together from components.
 
     Each of `steps` steps takes the mean gradient of the objective over all views of the images, lets the estimator
     and the shaping work on it, and moves by the step rule within eps of the images and in [0, 1]. All randomness is a
@@ -39,13 +40,17 @@ class Attack:
     Args:
         source: maps images in [0, 1] to logits; an `Ensemble` for several. Runs in evaluation mode, its weights and
             modes are left as they were.
-        eps: radius in units of [0, 1] images. alpha: step size, same unit. steps: at least 1.
+        eps: radius in units of [0, 1] images, in the norm of the step rule. alpha: step size, same unit. With an
+            L-inf rule both are at most 1. steps: at least 1.
         seed: in [0, 2^64).
         transforms: applied in this order; the views of one image are the product of their copies.
         shaping: applied in this order.
         random_start: start at a uniform point of the ball instead of the image.
-        max_batch: the most views that go through the model together; None for all. The views of one copy number are
-            never split, so at least as many go as there are images. Changes memory, and results by rounding only.
+        max_batch: the most rows, views of images or of samples around them, that go through the model together. At
+            least as many go as there are images. None for as many as `memory` holds.
+        memory: bytes that a pass may take beside the model, as measured on the first pass, which shows each image
+            once; None for a part of what is free then. Like max_batch, changes no draw and no order of sums; what the
+            model itself computes may differ, by rounding, with the size of its batch.
         cuda_graph: on CUDA, record a step with the model's passes as one CUDA graph for each of the last few shapes of
             images, and replay it. What the model computes in Python is recorded once: weights may change in place or
             be replaced, but a model or component whose Python code does something else from call to call needs False,
@@ -67,20 +72,40 @@ class Attack:
     objective: Objective = CROSS_ENTROPY
     random_start: bool = False
     max_batch: int | None = None
+    memory: int | None = None
     cuda_graph: bool = True
     _graphs: Graphs = field(init=False, repr=False, default_factory=Graphs)
+    _chunks: ChunksByShape = field(init=False, repr=False, default_factory=ChunksByShape)
 
     def __post_init__(self) -> None:
         as_classifier(self.source)
-        check_number("eps", self.eps, low=0.0, high=1.0)
-        check_number("alpha", self.alpha, low=0.0, high=1.0)
+        high = 1.0 if self.step.norm == "linf" else math.inf
+        check_number("eps", self.eps, low=0.0, high=high)
+        check_number("alpha", self.alpha, low=0.0, high=high)
         check_count("steps", self.steps)
         check_count("seed", self.seed, low=0, high=2**64 - 1)
-        if self.max_batch is not None:
-            check_count("max_batch", self.max_batch)
-        most = FURTHER_SLOT - FIRST_SLOT - 1
+        for name in ("max_batch", "memory"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        most = SAMPLE_SLOT - FIRST_SLOT
         if len(self.transforms) > most:
             raise ValueError(f"transforms: got {len(self.transforms)}; allowed are at most {most}")
+        if self.passes > COPIES_PER_PASS:
+            raise ValueError(f"transforms: {self.passes} copies an image; allowed are at most {COPIES_PER_PASS}")
+
+    @property
+    def copies(self) -> int:
+        """Views of a point that go into its gradient."""
+        return math.prod(transform.copies for transform in self.transforms)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of the model a step and image; the most, where steps differ."""
+        return self.copies * self.estimator.passes
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (*self.transforms, self.estimator, *self.shaping, self.step, self.objective)
 
     def __call__(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Adversarial images, of the shape, dtype and device of `images`.
@@ -109,71 +134,81 @@ class Attack:
         return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
 
     def _run(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        start, step = self._start_state(images, labels, indices), partial(self._step, source)
+        start, step = self._start_state(source, images, labels, indices), partial(self._step, source)
         capture = CAPTURES.get(images.device.type) if self.cuda_graph else None
         if capture is not None:
             return self._graphs.run(source, start, step, self.steps, capture)
-        for number in range(self.steps):
-            step(start, number == self.steps - 1)
+        self._loop(start, step)
         return start.adv
 
-    def _start_state(self, images: Tensor, labels: Tensor, indices: Tensor) -> State:
+    def _loop(self, state: State, step: Step) -> None:
+        for number in range(self.steps):
+            step(state, number == self.steps - 1)
+
+    def _start_state(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor) -> State:
         number = torch.zeros((), dtype=torch.int64, device=images.device)
-        return State(
-            images=images,
-            labels=labels,
-            indices=indices,
-            adv=self._start(images, indices, number),
-            number=number,
-            momentum=self.step.memory(images),
-            memory=self.estimator.memory(images),
+        draws = Draws(self.seed, number, indices, torch.zeros_like(indices[:1]), START_SLOT)
+        adv = self._first(images, draws)
+        start = partial(
+            Start,
+            source,
+            images,
+            labels,
+            indices,
+            adv,
+            self.eps,
+            self.alpha,
+            partial(self._rehearse, source, images, labels, indices),
         )
+        kept = (self.step, self.estimator, self.objective)
+        # The first point itself is drawn under the first numbers of copies.
+        memories = [
+            component.memory(start(replace(draws, copies=draws.copies + place * COPIES_PER_PASS)))
+            for place, component in enumerate(kept, 1)
+        ]
+        return State(images, labels, indices, adv, number, *memories)
+
+    def _rehearse(
+        self,
+        source: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        rule: StepRule,
+        steps: int,
+        alpha: float,
+    ) -> Memory:
+        # Another key, so that the attack itself does not draw the same again.
+        other = replace(self, step=rule, steps=steps, alpha=alpha, seed=self.seed ^ 2**63)
+        trial = other._start_state(source, images, labels, indices)
+        other._loop(trial, partial(other._step, source))
+        return trial.step
 
     def _step(self, source: Classifier, state: State, last: bool) -> None:
         """One step, in place. Nothing here may wait for the device or depend on how many steps came before."""
-        point = self.step.look_ahead(state.adv, state.momentum, self.alpha)
-        moment = Moment(state.adv, point, self.eps, last, state.memory)
-        grad = self.estimator.estimate(partial(self._gradient, source, state), moment)
+        position = Position(
+            images=state.images,
+            adv=state.adv,
+            point=self.step.look_ahead(state.adv, state.step, self.alpha),
+            number=state.number,
+            steps=self.steps,
+            eps=self.eps,
+            alpha=self.alpha,
+            last=last,
+        )
+        draws = Draws(self.seed, state.number, state.indices, torch.zeros_like(state.indices[:1]))
+        chunks = self._chunks.of(state.images, self.max_batch, self.memory)
+        task = Task(source, self.objective, state.objective, state.labels, self.transforms, draws, chunks)
+        grad = self.estimator.estimate(Gradient(task), position, state.estimator)
         for shaping in self.shaping:
             grad = shaping.shape(grad)
-        self.step.update(state.adv, state.images, grad, state.momentum, self.alpha, self.eps)
+        self.step.update(position, grad, state.step)
         state.number.add_(1)
 
-    def _start(self, images: Tensor, indices: Tensor, number: Tensor) -> Tensor:
+    def _first(self, images: Tensor, draws: Draws) -> Tensor:
         if not self.random_start:
             return images.clone()
-        draws = Draws(self.seed, number, indices, torch.zeros_like(indices[:1]), START_SLOT)
-        noise = draws.uniform(shape=tuple(images.shape[1:]), low=-self.eps, high=self.eps)[0]
-        return (images + noise).clamp_(0, 1)
-
-    def _gradient(self, source: Classifier, state: State, point: Tensor, before: Sequence[Transform]) -> Tensor:
-        chain = (*before, *self.transforms)
-        total = math.prod(transform.copies for transform in chain)
-        if total > MAX_COPY:
-            raise ValueError(f"transforms: {total} copies an image; allowed are at most {MAX_COPY}")
-        together = total if self.max_batch is None else max(1, self.max_batch // len(point))
-        grad = torch.zeros_like(point)
-        for first in range(0, total, together):
-            copies = torch.arange(first, min(first + together, total), device=point.device)
-            draws = Draws(self.seed, state.number, state.indices, copies, FURTHER_SLOT if before else FIRST_SLOT)
-            grad += self._gradient_of(source, state.labels, point, chain, draws)
-        return grad / total
-
-    def _gradient_of(
-        self, source: Classifier, labels: Tensor, point: Tensor, chain: Sequence[Transform], draws: Draws
-    ) -> Tensor:
-        """The gradient of the objective, summed over the copies in `draws`, which begin at the slot of the first."""
-        leaf = point.detach().requires_grad_()
-        views, stride = Views(leaf, len(draws.copies)), 1
-        with torch.enable_grad():
-            for slot, transform in enumerate(chain, draws.slot):
-                views = transform.view(views, draws.copies // stride % transform.copies, draws.at(slot))
-                stride *= transform.copies
-            heads = source.heads(views.render)
-            gain = self.objective.gain(heads.flatten(0, 1), labels.repeat(len(heads) * len(draws.copies)))
-            # A sum over images, not a mean: an image's gradient must not depend on how many others there are.
-            (grad,) = torch.autograd.grad(gain.sum() / len(heads), leaf)
-        return grad
+        return (images + self.step.offset(images, self.eps, draws)).clamp_(0, 1)
 
     def _check(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor | None) -> None:
         check_images("images", images)
@@ -185,3 +220,5 @@ class Attack:
             raise ValueError(f"labels: on {labels.device}; allowed is the device of images, {images.device}")
         if indices is not None:
             check_labels("indices", indices, len(images), 2**32)
+        for component in self.components:
+            component.check(source, images)

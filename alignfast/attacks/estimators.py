@@ -2,59 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from alignfast.attacks.transforms import Neighbors, Transform
+from alignfast.attacks.component import Component, Memory, Position, Start
+from alignfast.attacks.gradient import Gradient
 from alignfast.checks import check_count, check_number
 
-# The mean input gradient at a point over its views, after the given transforms and those of the attack.
-Gradient = Callable[[Tensor, Sequence[Transform]], Tensor]
+
+class Estimator(Component):
+    """Which gradient to follow. An estimator that keeps nothing does the same at the last step as at any other."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Gradients of one point that a step takes, each over all views; the most, where steps differ."""
+
+    @abstractmethod
+    def estimate(self, gradient: Gradient, position: Position, memory: Memory) -> Tensor:
+        """The gradient [N, C, H, W] to follow from `position.adv`."""
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where an attack stands.
-
-    adv: [N, C, H, W], the images so far. point: the same, or ahead of it where the step rule looks ahead.
-    last: no step follows this one. memory: what the estimator keeps between the steps of one call, to be changed in
-    place.
-    """
-
-    adv: Tensor
-    point: Tensor
-    eps: float
-    last: bool
-    memory: Mapping[str, Tensor]
-
-
-class Estimator(Protocol):
-    def memory(self, images: Tensor) -> dict[str, Tensor]:
-        """What the estimator keeps, before the first step; empty if nothing, and then `last` makes no difference."""
-        ...
-
-    def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
-        """The gradient [N, C, H, W] to follow from `moment.adv`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Plain:
+class Plain(Estimator):
     """The gradient at the point itself."""
 
-    def memory(self, images: Tensor) -> dict[str, Tensor]:
-        return {}
+    @property
+    def passes(self) -> int:
+        return 1
 
-    def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
-        return gradient(moment.point, ())
+    def estimate(self, gradient: Gradient, position: Position, memory: Memory) -> Tensor:
+        return gradient(position.point)
 
 
 @dataclass(frozen=True)
-class VarianceTuning:
+class VarianceTuning(Estimator):
     """VT (Wang and He, CVPR 2021, eq. 6 and 7): g + v, with v the last step's mean gradient of neighbours less g.
 
     The neighbours are `neighbors` points within `beta` eps of the images so far, not of the look-ahead point (as in
@@ -71,14 +56,19 @@ class VarianceTuning:
         check_count("neighbors", self.neighbors)
         check_number("beta", self.beta, low=0.0)
 
-    def memory(self, images: Tensor) -> dict[str, Tensor]:
-        return {"variance": torch.zeros_like(images)}
+    @property
+    def passes(self) -> int:
+        return 1 + self.neighbors
 
-    def estimate(self, gradient: Gradient, moment: Moment) -> Tensor:
-        here, variance = gradient(moment.point, ()), moment.memory["variance"]
+    def memory(self, start: Start) -> Memory:
+        return {"variance": torch.zeros_like(start.images)}
+
+    def estimate(self, gradient: Gradient, position: Position, memory: Memory) -> Tensor:
+        here, variance = gradient(position.point), memory["variance"]
         tuned = here + variance
         # The variance of the last step would serve no other.
-        if not moment.last:
-            around = gradient(moment.adv, (Neighbors(self.neighbors, self.beta * moment.eps),))
+        if not position.last:
+            radius = self.beta * position.eps
+            around = gradient.mean(self.neighbors, lambda look: look.gradient(look.neighbors(position.adv, radius)))
             torch.sub(around, here, out=variance)
         return tuned

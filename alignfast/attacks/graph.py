@@ -77,7 +77,7 @@ def _record(state: State, step: Step, capture: Capture, fixed: Hashable) -> Reco
     device = state.images.device
     middle = capture(partial(step, state, False), device)
     # An estimator that keeps nothing has nothing to leave out at the last step.
-    last = capture(partial(step, state, True), device) if state.memory else middle
+    last = capture(partial(step, state, True), device) if state.estimator else middle
     return Recorded(state, middle, last, fixed)
 
 

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from alignfast.attacks.component import Component, Memory
+from alignfast.attacks.observe import Seen, check_layers
+from alignfast.models import Classifier
 
-class Objective(Protocol):
-    def gain(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[B]: what to increase, from logits [B, C] and int64 labels [B] (the target classes if targeted)."""
-        ...
+
+class Objective(Component):
+    """What to increase. layers: names of modules whose output it looks at, as in `named_modules` of the model."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return ()
+
+    @abstractmethod
+    def gain(self, seen: Seen, labels: Tensor, memory: Memory) -> Tensor:
+        """[B], from what was seen of B rows and their int64 labels [B] (the target classes if targeted).
+
+        What is in `memory` for each image goes to its rows by `seen.rows`.
+        """
+
+    def check(self, source: Classifier, images: Tensor) -> None:
+        check_layers(source, self.layers)
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """Cross-entropy of the label (Goodfellow et al., ICLR 2015), or less that of the target class if targeted."""
 
     targeted: bool = False
 
-    def gain(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = cross_entropy(logits, labels, reduction="none")
+    def gain(self, seen: Seen, labels: Tensor, memory: Memory) -> Tensor:
+        loss = cross_entropy(seen.logits, labels, reduction="none")
         return -loss if self.targeted else loss

@@ -25,11 +25,12 @@ STEPS = 10
 
 
 class Options(TypedDict, total=False):
-    """seed: of all draws. targeted: labels are the classes to reach. max_batch, cuda_graph: see `Attack`."""
+    """seed: of all draws. targeted: labels are the classes to reach. max_batch, memory, cuda_graph: see `Attack`."""
 
     seed: int
     targeted: bool
     max_batch: int | None
+    memory: int | None
     cuda_graph: bool
 
 
@@ -196,7 +197,7 @@ def parameters_of(name: str) -> dict[str, Any]:
     """The parameters that a preset takes besides its source, with their defaults."""
     given = inspect.signature(PRESETS[name.lower()]).parameters.values()
     own = {p.name: p.default for p in given if p.name != "source" and p.kind is not p.VAR_KEYWORD}
-    return {**own, "seed": 0, "targeted": False, "max_batch": None, "cuda_graph": True}
+    return {**own, "seed": 0, "targeted": False, "max_batch": None, "memory": None, "cuda_graph": True}
 
 
 def _attack(

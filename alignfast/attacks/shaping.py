@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from alignfast.attacks.component import Component
 from alignfast.checks import check_choice, check_count, check_number
 from alignfast.ops import smooth
 
 
-class Shaping(Protocol):
+class Shaping(Component):
+    """What is done to the gradient."""
+
+    @abstractmethod
     def shape(self, grad: Tensor) -> Tensor:
         """[N, C, H, W] to the same."""
-        ...
 
 
 @dataclass(frozen=True)
-class Smoothing:
+class Smoothing(Shaping):
     """TI (Dong et al., CVPR 2019, eq. 8): W * g with a separable kernel that sums to 1.
 
     kernel: "gaussian" samples a normal density at `size` points from -sigma to sigma, as the authors' code and

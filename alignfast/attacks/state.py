@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from alignfast.attacks.component import Memory
+
 
 @dataclass(frozen=True)
 class State:
     """Where an attack stands, in tensors that every step changes in place.
 
     images, adv: [N, C, H, W]. labels, indices: int64 [N]. number: int64 [], of the step that comes next.
-    momentum: what the step rule accumulates, if anything. memory: what the estimator keeps, by name.
+    step, estimator, objective: what these components keep.
     """
 
     images: Tensor
@@ -20,8 +22,9 @@ class State:
     indices: Tensor
     adv: Tensor
     number: Tensor
-    momentum: Tensor | None
-    memory: dict[str, Tensor]
+    step: Memory
+    estimator: Memory
+    objective: Memory
 
     def clone(self) -> State:
         return State(
@@ -30,8 +33,9 @@ class State:
             indices=self.indices.clone(),
             adv=self.adv.clone(),
             number=self.number.clone(),
-            momentum=None if self.momentum is None else self.momentum.clone(),
-            memory={name: tensor.clone() for name, tensor in self.memory.items()},
+            step=_cloned(self.step),
+            estimator=_cloned(self.estimator),
+            objective=_cloned(self.objective),
         )
 
     def copy_(self, other: State) -> None:
@@ -39,5 +43,9 @@ class State:
             mine.copy_(theirs)
 
     def tensors(self) -> list[Tensor]:
-        momentum = [] if self.momentum is None else [self.momentum]
-        return [self.images, self.labels, self.indices, self.adv, self.number, *momentum, *self.memory.values()]
+        kept = [*self.step.values(), *self.estimator.values(), *self.objective.values()]
+        return [self.images, self.labels, self.indices, self.adv, self.number, *kept]
+
+
+def _cloned(memory: Memory) -> Memory:
+    return {name: tensor.clone() for name, tensor in memory.items()}

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.checks import check_number
+from alignfast.draws import Draws
 from alignfast.ops import sign_step
 
 
-class StepRule(Protocol):
-    def memory(self, images: Tensor) -> Tensor | None:
-        """What the rule accumulates, before the first step; None if nothing."""
-        ...
+class StepRule(Component):
+    """How the images move. norm: of the ball that they stay in."""
 
-    def look_ahead(self, adv: Tensor, memory: Tensor | None, alpha: float) -> Tensor:
+    norm: ClassVar[Literal["linf", "l2"]] = "linf"
+
+    def look_ahead(self, adv: Tensor, memory: Memory, alpha: float) -> Tensor:
         """The point at which the gradient is wanted."""
-        ...
+        return adv
 
-    def update(
-        self, adv: Tensor, images: Tensor, grad: Tensor, memory: Tensor | None, alpha: float, eps: float
-    ) -> None:
-        """Move `adv` and `memory` in place, within eps of `images` and in [0, 1]."""
-        ...
+    def offset(self, images: Tensor, eps: float, draws: Draws) -> Tensor:
+        """[N, C, H, W]: from the images to a random point of the ball."""
+        return draws.uniform(shape=tuple(images.shape[1:]), low=-eps, high=eps)[0]
+
+    @abstractmethod
+    def update(self, position: Position, grad: Tensor, memory: Memory) -> None:
+        """Move `position.adv` and `memory` in place, within eps of `position.images` and in [0, 1]."""
 
 
 @dataclass(frozen=True)
-class SignStep:
+class SignStep(StepRule):
     """alpha sign(m), projected on the L-inf ball.
 
     momentum: decay of the accumulated gradient (MI-FGSM, Dong et al., CVPR 2018, eq. 6); 0 is BIM's step (Kurakin et
@@ -46,13 +51,40 @@ class SignStep:
     def __post_init__(self) -> None:
         check_number("momentum", self.momentum, low=0.0)
 
-    def memory(self, images: Tensor) -> Tensor | None:
-        return torch.zeros_like(images) if self.momentum else None
+    def memory(self, start: Start) -> Memory:
+        return {"momentum": torch.zeros_like(start.images)} if self.momentum else {}
 
-    def look_ahead(self, adv: Tensor, memory: Tensor | None, alpha: float) -> Tensor:
-        return adv + (self.momentum * alpha) * memory if self.nesterov and memory is not None else adv
+    def look_ahead(self, adv: Tensor, memory: Memory, alpha: float) -> Tensor:
+        return adv + (self.momentum * alpha) * memory["momentum"] if self.nesterov and memory else adv
 
-    def update(
-        self, adv: Tensor, images: Tensor, grad: Tensor, memory: Tensor | None, alpha: float, eps: float
-    ) -> None:
-        sign_step(adv, images, grad, memory, alpha=alpha, eps=eps, decay=self.momentum)
+    def update(self, position: Position, grad: Tensor, memory: Memory) -> None:
+        sign_step(
+            position.adv,
+            position.images,
+            grad,
+            memory.get("momentum"),
+            alpha=position.alpha,
+            eps=position.eps,
+            decay=self.momentum,
+            norm=self.norm,
+        )
+
+
+@dataclass(frozen=True)
+class L2Step(SignStep):
+    """alpha m / ||m||_2, projected on the L2 ball (Madry et al., ICLR 2018; Dong et al., CVPR 2018, eq. 9).
+
+    eps and alpha are L2 distances, in units of [0, 1] images. momentum, nesterov: as in `SignStep`.
+
+    Raises:
+        ValueError: a negative momentum.
+    """
+
+    norm: ClassVar[Literal["linf", "l2"]] = "l2"
+
+    def offset(self, images: Tensor, eps: float, draws: Draws) -> Tensor:
+        """In a direction that is uniform, at a distance that is uniform in [0, eps), as torchattacks draws it."""
+        direction = draws.normal(0, tuple(images.shape[1:]))[0]
+        length = torch.linalg.vector_norm(direction, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+        offset: Tensor = direction / length * (eps * draws.uniform(2)[0][:, None, None, None])
+        return offset

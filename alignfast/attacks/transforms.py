@@ -2,54 +2,57 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from alignfast.attacks.draws import Draws
+from alignfast.attacks.component import Component
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
+from alignfast.draws import Draws
+from alignfast.models import Classifier
 from alignfast.ops import ResizePad
 
 
-class Transform(Protocol):
-    """Turns views into others; with `copies` above 1, each image is shown that many times."""
+class Transform(Component):
+    """Turns views into others, each on its own; with `copies` above 1, each image is shown that many times."""
 
-    @property
-    def copies(self) -> int: ...
+    copies: int
 
+    @abstractmethod
     def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
         """`which`, int64 [K] in [0, copies), says which of its copies each view is to be."""
-        ...
 
 
 @dataclass(frozen=True)
-class InputDiversity:
+class InputDiversity(Transform):
     """DI (Xie et al., CVPR 2019, section 3.2): with probability p, resize at random and pad at random with zeros.
 
     For an image of side S: with `rate` below 1 the new side is drawn from [floor(rate S), S) and padded back to S
     (torchattacks' definition); with `rate` above 1 it is drawn from [S, floor(rate S)), padded to floor(rate S), and
     all is resized back to S (TransferAttack's definition). Size, place and whether it is done at all are drawn for
-    each image and copy. Square images only.
+    each image and copy. copies: how many such views are shown. Square images only.
 
     Raises:
-        ValueError: `rate` not in (0, 2] or equal to 1, or `p` outside [0, 1].
+        ValueError: `rate` not in (0, 2] or equal to 1, `p` outside [0, 1], or no copy.
     """
 
     rate: float = 0.9
     p: float = 0.5
+    copies: int = 1
 
     def __post_init__(self) -> None:
         check_number("rate", self.rate, low=0.0, high=2.0, open_low=True)
         check_number("p", self.p, low=0.0, high=1.0)
+        check_count("copies", self.copies)
         if self.rate == 1.0:
             raise ValueError("rate: got 1; allowed is a number in (0, 2] other than 1, which would change nothing")
 
-    @property
-    def copies(self) -> int:
-        return 1
+    def check(self, source: Classifier, images: Tensor) -> None:
+        if images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"images: got {images.shape[-2]} x {images.shape[-1]}; allowed is square images")
 
     def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
         side = views.images.shape[-1]
@@ -63,7 +66,7 @@ class InputDiversity:
 
 
 @dataclass(frozen=True)
-class Scales:
+class Scales(Transform):
     """SIM (Lin et al., ICLR 2020, eq. 8): `copies` copies of each image, copy i scaled by 2^-i.
 
     Raises:
@@ -81,7 +84,7 @@ class Scales:
 
 
 @dataclass(frozen=True)
-class Neighbors:
+class Neighbors(Transform):
     """`copies` points drawn uniformly from the cube of half-side `radius` around each image, in units of [0, 1] images.
 
     Raises:

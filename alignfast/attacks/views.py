@@ -1,42 +1,37 @@
-"""The copies of a batch that an attack shows the model, described first and built in one op."""
+"""What an attack shows the model, described first and built in one op."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from alignfast.attacks.draws import Draws
-from alignfast.ops import Mixing, Noise, ResizePad, diversify
+from alignfast.draws import Draws
+from alignfast.ops import Mixing, ResizePad, diversify
 
 # The order in which `diversify` applies them.
-PARTS = ("noise", "mixing", "scale", "resize_pad")
+PARTS = ("mixing", "scale", "resize_pad")
 
 
 @dataclass(frozen=True)
 class Views:
     """K views of each of N images, as what is still to be done to them.
 
-    images: [N, C, H, W], or [K N, C, H, W] once the views are built, copy k of image n in row k N + n.
-    scale and the tensors of mixing and resize_pad: [K, N].
+    images: [K N, C, H, W], view k of image n in row k N + n. scale and the tensors of mixing and resize_pad: [K, N].
     """
 
     images: Tensor
-    copies: int
-    built: bool = False
-    noise: Noise | None = None
     mixing: Mixing | None = None
     scale: Tensor | None = None
     resize_pad: ResizePad | None = None
 
     def with_noise(self, radius: float, draws: Draws) -> Views:
         """Uniform noise in [-radius, radius) on every element."""
-        views = self._ready_for("noise")
-        if views.built:
-            noise = draws.uniform(shape=tuple(views.images.shape[1:]), low=-radius, high=radius)
-            return replace(views, images=views.images + noise.flatten(0, 1))
-        noise_of = Noise(radius, draws.seed, draws.step, draws.purpose(0), draws.images, draws.copies)
-        return replace(views, noise=noise_of)
+        return self.apply(
+            lambda rows: rows + draws.uniform(shape=tuple(rows.shape[1:]), low=-radius, high=radius).flatten(0, 1)
+        )
 
     def with_mixing(self, mixing: Mixing) -> Views:
         return replace(self._ready_for("mixing"), mixing=mixing)
@@ -49,44 +44,42 @@ class Views:
     def with_resize_pad(self, resize_pad: ResizePad) -> Views:
         return replace(self._ready_for("resize_pad"), resize_pad=resize_pad)
 
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Views:
+        """Any differentiable change of the rows [K N, C, H, W], after all that is still to be done."""
+        return Views(change(self.build().images))
+
     def build(self) -> Views:
         """The same views with nothing left to be done to them."""
-        return Views(self.render(), self.copies, built=True)
+        return self if all(getattr(self, part) is None for part in PARTS) else Views(self.render())
 
-    def render(self, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    def render(
+        self,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
         """[K N, C, H, W] in row order k N + n, normalised by (mean, std) if given."""
+        mixing, geometry = self.mixing, self.resize_pad
         return diversify(
             self.images,
-            copies=1 if self.built else self.copies,
-            noise=self.noise,
-            mixing=self._mixing_rows(),
-            scale=self._rows(self.scale),
-            resize_pad=self._resize_pad_rows(),
+            mixing=mixing
+            and replace(mixing, partner=mixing.partner.reshape(1, -1), weight=mixing.weight.reshape(1, -1)),
+            scale=None if self.scale is None else self.scale.reshape(1, -1),
+            resize_pad=geometry
+            and replace(
+                geometry,
+                resized=geometry.resized.reshape(1, -1),
+                top=geometry.top.reshape(1, -1),
+                left=geometry.left.reshape(1, -1),
+            ),
             mean=mean,
             std=std,
+            dtype=dtype,
+            memory_format=memory_format,
         )
 
     def _ready_for(self, part: str) -> Views:
         """These views where `part` and all that `diversify` does after it are free, else the built ones."""
         pending = PARTS[PARTS.index(part) :]
         return self if all(getattr(self, name) is None for name in pending) else self.build()
-
-    def _rows(self, values: Tensor | None) -> Tensor | None:
-        return values.reshape(1, -1) if self.built and values is not None else values
-
-    def _mixing_rows(self) -> Mixing | None:
-        if self.mixing is None or not self.built:
-            return self.mixing
-        mixing = self.mixing
-        return replace(mixing, partner=mixing.partner.reshape(1, -1), weight=mixing.weight.reshape(1, -1))
-
-    def _resize_pad_rows(self) -> ResizePad | None:
-        if self.resize_pad is None or not self.built:
-            return self.resize_pad
-        geometry = self.resize_pad
-        return replace(
-            geometry,
-            resized=geometry.resized.reshape(1, -1),
-            top=geometry.top.reshape(1, -1),
-            left=geometry.left.reshape(1, -1),
-        )

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from alignfast.checks import check_count, check_shape, check_unit_range
+from alignfast.draws import Draws
 from alignfast.ops import diversify
 
-# Gives the model's input batch, normalised by the (mean, std) it is called with.
-Render = Callable[[Tensor | None, Tensor | None], Tensor]
+
+class Render(Protocol):
+    def __call__(
+        self,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """The model's input batch, normalised by (mean, std), in the given dtype and layout."""
+        ...
 
 
 class Classifier(nn.Module):
@@ -73,24 +85,43 @@ class Classifier(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W], without any check."""
-        return self.logits_of(lambda mean, std: diversify(images, mean=mean, std=std))
+        return self.logits_of(partial(_normalised, images))
 
-    def logits_of(self, render: Render) -> Tensor:
-        """Logits [B, num_classes] of the batch that `render` builds, without any check."""
+    def logits_of(self, render: Render, draws: Draws | None = None) -> Tensor:
+        """Logits [B, num_classes] of the batch that `render` builds, without any check.
+
+        draws: of the copies and images in the rows of the batch, for models that change at random; None outside an
+        attack.
+        """
         output = self.module(render(self.mean, self.std))
         # Networks with auxiliary heads (Inception-v3, GoogLeNet) give a tuple in training mode, the logits first.
         logits: Tensor = output if isinstance(output, Tensor) else output[0]
         return logits
 
-    def heads(self, render: Render) -> Tensor:
+    def heads(self, render: Render, draws: Draws | None = None) -> Tensor:
         """[1, B, num_classes]: the logits whose losses an attack averages; one set for a single model."""
-        return self.logits_of(render)[None]
+        return self.logits_of(render, draws)[None]
+
+    @property
+    def members(self) -> list[Classifier]:
+        """The models that this one is made of; itself if it is not made of others."""
+        return [self]
 
     def check_shape(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise ValueError(f"images: got dtype {images.dtype}; allowed is floating point with values in [0, 1]")
         channels = None if self.mean is None else len(self.mean)
         check_shape("images", images.shape, (None, *(self.input_size or (channels, None, None))))
+
+
+def _normalised(
+    images: Tensor,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    return diversify(images, mean=mean, std=std, dtype=dtype, memory_format=memory_format)
 
 
 def as_classifier(model: nn.Module) -> Classifier:

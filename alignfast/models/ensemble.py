@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignfast.checks import check_choice
+from alignfast.draws import Draws
 from alignfast.models.classifier import Classifier, Render, as_classifier
 
 Combine = Literal["logits", "probabilities", "losses"]
@@ -42,21 +43,24 @@ class Ensemble(Classifier):
             num_classes=next((m.num_classes for m in models if m.num_classes is not None), None),
             input_size=next((m.input_size for m in models if m.input_size is not None), None),
         )
-        self.members = models
         self.combine = combine
 
-    def logits_of(self, render: Render) -> Tensor:
-        logits = self._stack(render)
+    @property
+    def members(self) -> list[Classifier]:
+        return [module for module in self.module.children() if isinstance(module, Classifier)]
+
+    def logits_of(self, render: Render, draws: Draws | None = None) -> Tensor:
+        logits = self._stack(render, draws)
         if self.combine == "logits":
             return logits.mean(0)
         return torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))
 
-    def heads(self, render: Render) -> Tensor:
-        return self._stack(render) if self.combine == "losses" else self.logits_of(render)[None]
+    def heads(self, render: Render, draws: Draws | None = None) -> Tensor:
+        return self._stack(render, draws) if self.combine == "losses" else self.logits_of(render, draws)[None]
 
     def check_shape(self, images: Tensor) -> None:
         for member in self.members:
             member.check_shape(images)
 
-    def _stack(self, render: Render) -> Tensor:
-        return torch.stack([member.logits_of(render) for member in self.members])
+    def _stack(self, render: Render, draws: Draws | None) -> Tensor:
+        return torch.stack([member.logits_of(render, draws) for member in self.members])

@@ -20,9 +20,12 @@ from alignfast.attacks import (
     Transform,
     VarianceTuning,
 )
-from alignfast.attacks.draws import Draws
-from alignfast.attacks.estimators import Moment
+from alignfast.attacks.component import Position, Start
+from alignfast.attacks.gradient import Gradient
+from alignfast.attacks.observe import Seen
 from alignfast.attacks.views import Views
+from alignfast.draws import Draws
+from alignfast.models import as_classifier
 from alignfast.ops import Mixing, philox_uniform
 
 SEED, STEP, SIDE = 11, 3, 10
@@ -38,7 +41,7 @@ def photos(count: int, side: int = SIDE) -> Tensor:
 
 
 def geometry(transform: InputDiversity, side: int, count: int = 4000) -> tuple[Tensor, Tensor, Tensor, int]:
-    views = transform.view(Views(torch.zeros(count, 1, side, side), 1), torch.zeros(1).long(), draws_of(count, 1))
+    views = transform.view(Views(torch.zeros(count, 1, side, side)), torch.zeros(1).long(), draws_of(count, 1))
     assert views.resize_pad is not None
     part = views.resize_pad
     return part.resized[0], part.top[0], part.left[0], part.padded
@@ -82,13 +85,13 @@ def test_probability_of_diversity() -> None:
 
 def test_diversity_of_probability_zero_is_the_identity() -> None:
     images = photos(3)
-    views = InputDiversity(1.2, 0.0).view(Views(images, 2), torch.zeros(2).long(), draws_of(3, 2))
+    views = InputDiversity(1.2, 0.0).view(Views(images.repeat(2, 1, 1, 1)), torch.zeros(2).long(), draws_of(3, 2))
     assert torch.equal(views.render(), images.repeat(2, 1, 1, 1))
 
 
 def test_diversity_is_drawn_image_by_image_and_copy_by_copy() -> None:
     images = photos(1, 40).expand(6, -1, -1, -1)
-    views = InputDiversity(0.5, 1.0).view(Views(images, 3), torch.zeros(3).long(), draws_of(6, 3))
+    views = InputDiversity(0.5, 1.0).view(Views(images.repeat(3, 1, 1, 1)), torch.zeros(3).long(), draws_of(6, 3))
     shown = views.render()
     different = {tuple(row.tolist()) for row in shown.flatten(1)}
     assert len(different) >= 16
@@ -97,7 +100,7 @@ def test_diversity_is_drawn_image_by_image_and_copy_by_copy() -> None:
 def test_diversity_takes_square_images_only() -> None:
     calls = Counting()
     attack = Attack(calls, 0.1, 0.1, 1, transforms=[InputDiversity()])
-    with pytest.raises(ValueError, match="got images of 4 x 5; allowed is square images"):
+    with pytest.raises(ValueError, match="images: got 4 x 5; allowed is square images"):
         attack(torch.zeros(1, 3, 4, 5), torch.tensor([0]))
     assert calls.count == 0
 
@@ -114,7 +117,7 @@ class Counting(nn.Module):
 
 def test_scales_are_powers_of_one_half_and_sum_in_the_gradient() -> None:
     images = photos(2).requires_grad_()
-    views = Scales(4).view(Views(images, 4), torch.arange(4), draws_of(2, 4))
+    views = Scales(4).view(Views(images.repeat(4, 1, 1, 1)), torch.arange(4), draws_of(2, 4))
     shown = views.render()
     for i in range(4):
         assert torch.equal(shown[2 * i : 2 * i + 2], images / 2**i)
@@ -124,7 +127,7 @@ def test_scales_are_powers_of_one_half_and_sum_in_the_gradient() -> None:
 
 def test_neighbors_are_uniform_in_their_cube_and_all_different() -> None:
     images, radius = torch.full((3, 3, 20, 20), 0.5, dtype=torch.float64), 0.02
-    views = Neighbors(5, radius).view(Views(images, 5), torch.arange(5), draws_of(3, 5))
+    views = Neighbors(5, radius).view(Views(images.repeat(5, 1, 1, 1)), torch.arange(5), draws_of(3, 5))
     offset = (views.render() - 0.5) / radius
     assert offset.abs().max() <= 1 + 1e-6
     assert offset.abs().max() > 0.99
@@ -182,7 +185,7 @@ def test_smoothing_is_a_depthwise_convolution_with_zero_padding() -> None:
     torch.testing.assert_close(Smoothing("gaussian", 5, 2.5).shape(grad), expected, rtol=0, atol=1e-14)
 
 
-class Mixed:
+class Mixed(Transform):
     """Admix as a transform: `weight` times the next image of the batch."""
 
     copies = 1
@@ -259,7 +262,7 @@ def test_parts_in_any_order_are_applied_one_after_another(chain: list[Transform]
     images = photos(3)
     total = int(np.prod([transform.copies for transform in chain]))
     leaf, plain = images.clone().requires_grad_(), images.clone().requires_grad_()
-    views, rows, stride = Views(leaf, total), plain.repeat(total, 1, 1, 1), 1
+    views, rows, stride = Views(leaf.repeat(total, 1, 1, 1)), plain.repeat(total, 1, 1, 1), 1
     for slot, transform in enumerate(chain, 1):
         draws = draws_of(3, total, slot)
         which = torch.arange(total) // stride % transform.copies
@@ -275,7 +278,7 @@ def test_parts_in_any_order_are_applied_one_after_another(chain: list[Transform]
 
 def test_normalisation_is_part_of_the_view() -> None:
     images, mean, std = photos(2), torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.5, 2.5])
-    views = Scales(2).view(Views(images, 2), torch.arange(2), draws_of(2, 2))
+    views = Scales(2).view(Views(images.repeat(2, 1, 1, 1)), torch.arange(2), draws_of(2, 2))
     plain = torch.cat([images, images / 2])
     expected = (plain - mean.double()[:, None, None]) / std.double()[:, None, None]
     torch.testing.assert_close(views.render(mean, std), expected, rtol=0, atol=1e-15)
@@ -292,7 +295,7 @@ def test_the_views_of_an_image_are_the_product_of_the_copies() -> None:
 
     image = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
     Attack(Recording(), 0.1, 0.1, 1, transforms=[Scales(2), Neighbors(3, 0.01)])(image, torch.tensor([0]))
-    (shown,) = seen
+    shown = torch.cat(seen)
     assert shown.shape == (6, 1, 2, 2)
     assert sorted((shown.mean((1, 2, 3)) * 4).round().tolist()) == [1, 1, 1, 2, 2, 2]
     assert len({tuple(row.tolist()) for row in shown.flatten(1)}) == 6
@@ -302,22 +305,32 @@ def test_the_views_of_an_image_are_the_product_of_the_copies() -> None:
 def test_cross_entropy_per_image(targeted: bool) -> None:
     logits = torch.randn((5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 1, 0])
-    gain = CrossEntropy(targeted).gain(logits, labels)
+    gain = CrossEntropy(targeted).gain(Seen(logits[None], {}), labels, {})
     expected = torch.stack([cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(gain, -expected if targeted else expected)
 
 
+def start_at(images: Tensor) -> Start:
+    """Where neither labels nor the source matter."""
+    indices = torch.arange(len(images))
+    draws = Draws(SEED, 0, indices, torch.tensor([0]))
+    return Start(as_classifier(nn.Flatten()), images, indices, indices, images, 0.1, 0.1, dict, draws)
+
+
+def at(images: Tensor, adv: Tensor, point: Tensor | None = None, *, alpha: float = 0.1, last: bool = False) -> Position:
+    return Position(images, adv, adv if point is None else point, torch.tensor(0), 5, 0.1, alpha, last)
+
+
 def test_step_rule_without_momentum_keeps_nothing() -> None:
     images = photos(2)
-    assert SignStep().memory(images) is None
-    assert SignStep(nesterov=True).look_ahead(images, None, 0.1) is images
-    memory = SignStep(0.5).memory(images)
-    assert memory is not None
-    assert torch.equal(memory, torch.zeros_like(images))
+    assert SignStep().memory(start_at(images)) == {}
+    assert SignStep(nesterov=True).look_ahead(images, {}, 0.1) is images
+    (momentum,) = SignStep(0.5).memory(start_at(images)).values()
+    assert torch.equal(momentum, torch.zeros_like(images))
 
 
 def test_look_ahead_is_for_nesterov_only() -> None:
-    adv, memory = photos(2), torch.ones(2, 3, SIDE, SIDE, dtype=torch.float64)
+    adv, memory = photos(2), {"momentum": torch.ones(2, 3, SIDE, SIDE, dtype=torch.float64)}
     assert torch.equal(SignStep(0.5).look_ahead(adv, memory, 0.1), adv)
     torch.testing.assert_close(SignStep(0.5, nesterov=True).look_ahead(adv, memory, 0.1), adv + 0.05)
 
@@ -327,34 +340,41 @@ def test_step_rule_moves_in_place(momentum: float) -> None:
     images = torch.tensor([0.5, 0.5, 0.02, 0.5], dtype=torch.float64).view(1, 1, 2, 2)
     grad = torch.tensor([3.0, -1.0, -4.0, 0.0], dtype=torch.float64).view(1, 1, 2, 2)
     adv, rule = images.clone(), SignStep(momentum)
-    memory = rule.memory(images)
-    rule.update(adv, images, grad, memory, alpha=0.2, eps=0.1)
+    memory = rule.memory(start_at(images))
+    rule.update(at(images, adv, alpha=0.2), grad, memory)
     assert adv.flatten().tolist() == pytest.approx([0.6, 0.4, 0.0, 0.5])
-    rule.update(adv, images, -2 * grad, memory, alpha=0.05, eps=0.1)
+    rule.update(at(images, adv, alpha=0.05), -2 * grad, memory)
     assert adv.flatten().tolist() == pytest.approx([0.55, 0.45, 0.05, 0.5])
-    if memory is not None:
+    if memory:
         # 3/2 * 0.7 - 3/2, and so on: mean |grad| is 2.
-        assert memory.flatten().tolist() == pytest.approx([-0.45, 0.15, 0.6, 0.0])
+        assert memory["momentum"].flatten().tolist() == pytest.approx([-0.45, 0.15, 0.6, 0.0])
 
 
 def test_variance_tuning_follows_the_gradient_and_the_last_variance() -> None:
-    asked: list[tuple[float, Sequence[Transform]]] = []
+    asked: list[float] = []
 
-    def gradient(point: Tensor, before: Sequence[Transform]) -> Tensor:
-        asked.append((float(point.mean()), before))
-        return torch.full_like(point, 10.0 if before else float(point.mean()))
+    class Asked(Gradient):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, point: Tensor) -> Tensor:
+            asked.append(float(point.mean()))
+            return point.clone()
+
+        def mean(self, samples: int, contribution: Any) -> Tensor:
+            asked.append(samples)
+            return torch.full((1, 1, 1, 1), 10.0)
 
     rule = VarianceTuning(4, 1.5)
     adv, point = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 2.0)
-    memory = rule.memory(adv)
+    memory = rule.memory(start_at(adv))
     (place,) = (tensor.data_ptr() for tensor in memory.values())
-    assert rule.estimate(gradient, Moment(adv, point, 0.1, False, memory)).item() == 2.0
-    assert rule.estimate(gradient, Moment(adv, point, 0.1, False, memory)).item() == 2.0 + (10.0 - 2.0)
-    assert rule.estimate(gradient, Moment(adv, point + 1, 0.1, True, memory)).item() == 3.0 + (10.0 - 2.0)
+    assert rule.estimate(Asked(), at(adv, adv, point), memory).item() == 2.0
+    assert rule.estimate(Asked(), at(adv, adv, point), memory).item() == 2.0 + (10.0 - 2.0)
+    assert rule.estimate(Asked(), at(adv, adv, point + 1, last=True), memory).item() == 3.0 + (10.0 - 2.0)
     assert [tensor.data_ptr() for tensor in memory.values()] == [place]
-    # Neighbours are those of the images so far, and none are asked for at the last step.
-    around = (Neighbors(4, 1.5 * 0.1),)
-    assert asked == [(2.0, ()), (1.0, around), (2.0, ()), (1.0, around), (3.0, ())]
+    # None are asked for at the last step.
+    assert asked == [2.0, 4, 2.0, 4, 3.0]
 
 
 @pytest.mark.parametrize(

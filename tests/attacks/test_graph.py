@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignfast.attacks import PRESETS, Attack, VarianceTuning, create, graph
-from alignfast.models import Classifier, Ensemble
+from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.no_sync import NoSync
 from tests.attacks.samples import CLASSES, Halving, Network, build, labels_of, made, photos
 from tests.attacks.tape import Tape, Taping
@@ -110,7 +110,7 @@ def test_a_step_replaces_no_buffer(name: str) -> None:
     """Also in the plain loop, whose step it is."""
     source = Classifier(network().double(), num_classes=CLASSES)
     attack = made(name, source)
-    state = attack._start_state(*batches()[0])
+    state = attack._start_state(source, *batches()[0])
     places = [tensor.data_ptr() for tensor in state.tensors()]
     before = [tensor.clone() for tensor in (state.images, state.labels, state.indices)]
     for number in range(3):
@@ -124,7 +124,7 @@ def test_a_step_replaces_no_buffer(name: str) -> None:
 
 def test_a_state_is_copied_whole() -> None:
     attack = made("everything", Halving())
-    first, second = (attack._start_state(*batch) for batch in batches()[:2])
+    first, second = (attack._start_state(as_classifier(attack.source), *batch) for batch in batches()[:2])
     kept = first.clone()
     assert not {tensor.data_ptr() for tensor in kept.tensors()} & {tensor.data_ptr() for tensor in first.tensors()}
     for tensor in second.tensors():

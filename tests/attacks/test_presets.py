@@ -68,12 +68,12 @@ def unit(g: Tensor) -> Tensor:
     return torch.stack([one / one.abs().mean() for one in g])
 
 
-def noise(radius: float, step: int, purpose: int, copies: int = 1) -> Tensor:
+def noise(radius: float, step: int, purpose: int, copies: int = 1, passed: int = 0) -> Tensor:
     """[copies, N, 3, SIDE, SIDE]; purpose is 8 times the slot plus the draw's number; the start has slot 0,
-    transforms count from 1, and neighbours and what follows them from 16."""
+    transforms count from 1, and estimators have 30. Copies of a pass count from 65536 times its number in the step."""
     return philox_uniform(
         INDICES,
-        torch.arange(copies),
+        2**16 * passed + torch.arange(copies),
         (3, SIDE, SIDE),
         seed=SEED,
         step=step,
@@ -150,7 +150,7 @@ def variance_tuned(images: Tensor, grad: Gradient, look: float, neighbors: int =
     adv, m, v = images, torch.zeros_like(images), torch.zeros_like(images)
     for step in range(STEPS):
         g = grad(adv + look * ALPHA * DECAY * m)
-        around = noise(beta * EPS, step, 8 * 16, neighbors)
+        around = noise(beta * EPS, step, 8 * 30, neighbors, passed=1)
         tuned, v = g + v, torch.stack([grad(adv + r) for r in around]).mean(0) - g
         m = DECAY * m + unit(tuned)
         adv = clip(adv + ALPHA * m.sign(), images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -12,9 +13,14 @@ from alignfast.ops import philox_uniform
 DRAWS_PER_SLOT = 8
 SLOTS = 32
 START_SLOT = 0
+# Transforms have the slots from here on, in their order.
 FIRST_SLOT = 1
-# An estimator's further passes, such as those over neighbours, are apart from the pass over the images themselves.
-FURTHER_SLOT = SLOTS // 2
+# What an estimator draws of its own, and a source.
+SAMPLE_SLOT = SLOTS - 2
+SOURCE_SLOT = SLOTS - 1
+# The passes of one step draw under copy numbers of their own, so many each.
+COPIES_PER_PASS = 2**16
+MOST_PASSES = 2**8
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,13 @@ class Draws:
             high=high,
         )
 
-    def integers(self, purpose: int, low: int | Tensor, high: int | Tensor) -> Tensor:
-        """int64 [K, N] in [low, high), and low where the range is empty; bounds may differ by image."""
+    def integers(self, purpose: int, low: int | Tensor, high: int | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+        """int64 [K, N, *shape] in [low, high), and low where the range is empty; bounds may differ by image."""
         width = high - low
-        drawn = (self.uniform(purpose).double() * width).floor().long()
+        drawn = (self.uniform(purpose, shape).double() * width).floor().long()
         return low + drawn.clamp(max=width - 1).clamp(min=0)
+
+    def normal(self, purpose: int, shape: tuple[int, ...] = ()) -> Tensor:
+        """float32 [K, N, *shape], standard normal (Box and Muller, 1958); takes the draws `purpose` and the next."""
+        radius = (-2 * (1 - self.uniform(purpose, shape)).log()).sqrt()
+        return radius * (2 * math.pi * self.uniform(purpose + 1, shape)).cos()

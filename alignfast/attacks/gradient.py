@@ -1,0 +1,164 @@
+"""The input gradient of an attack's objective, over as many views and samples as a step asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from alignfast.attacks.chunks import Chunks
+from alignfast.attacks.component import Memory
+from alignfast.attacks.objectives import Objective
+from alignfast.attacks.observe import Seen, observe
+from alignfast.attacks.transforms import Transform
+from alignfast.attacks.views import Views
+from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, SAMPLE_SLOT, SOURCE_SLOT, Draws
+from alignfast.models import Classifier
+from alignfast.ops import Noise, diversify
+
+
+@dataclass(frozen=True)
+class Task:
+    """What gradients are taken of, but for the points. draws: of the step, without copies."""
+
+    source: Classifier
+    objective: Objective
+    kept: Memory
+    labels: Tensor
+    transforms: Sequence[Transform]
+    draws: Draws
+    chunks: Chunks
+
+    @property
+    def views(self) -> int:
+        """How many views each point is given."""
+        return math.prod(transform.copies for transform in self.transforms)
+
+
+class Gradient:
+    """Gradients of the objective in one step. Each pass draws anew.
+
+    Sums over samples and views are taken in their order, one by one, so that they do not depend on how many went
+    through the model together.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._passes = 0
+
+    def __call__(self, point: Tensor) -> Tensor:
+        """[N, C, H, W]: the mean gradient over the views of `point`, of the same shape."""
+        return self.mean(1, lambda look: look.gradient(point[None]))
+
+    def mean(self, samples: int, contribution: Callable[[Look], Tensor]) -> Tensor:
+        """[N, C, H, W]: the mean over samples of `contribution`, which gives [K, N, C, H, W] for K of them.
+
+        A contribution of a sample must not depend on which others it is asked for with.
+        """
+        total: Tensor | None = None
+        first, begun = 0, self._passes
+        while first < samples:
+            together = self._task.chunks.most(self._task.views * len(self._task.labels), samples - first)
+            which = torch.arange(first, first + together, device=self._task.labels.device)
+            look = Look(self._task, which, samples, begun)
+            total = _add_in_order(total, contribution(look))
+            self._passes = max(self._passes, look.passes)
+            first += together
+        assert total is not None
+        return total.div_(samples)
+
+    def gain(self, point: Tensor) -> Tensor:
+        """[N]: the mean gain over the views of `point`, [N, C, H, W], without a gradient."""
+        look = Look(self._task, torch.zeros_like(self._task.labels[:1]), 1, self._passes)
+        self._passes += 1
+        return look.gain(point[None])[0]
+
+    @property
+    def members(self) -> list[Gradient]:
+        """The same for each model that the source is made of, alone."""
+        return [Gradient(replace(self._task, source=member)) for member in self._task.source.members]
+
+
+class Look:
+    """The passes of a step over some of its samples. which: int64 [K], the numbers of these samples."""
+
+    def __init__(self, task: Task, which: Tensor, samples: int, passes: int) -> None:
+        self._task = task
+        self._samples = samples
+        self.which = which
+        self.passes = passes
+
+    @property
+    def draws(self) -> Draws:
+        """Of the next pass over these samples, for the estimator's own use."""
+        return replace(self._draws(self.which), slot=SAMPLE_SLOT)
+
+    def neighbors(self, point: Tensor, radius: float) -> Tensor:
+        """[K, N, C, H, W]: each point [N, C, H, W] with uniform noise in [-radius, radius), one neighbour a sample."""
+        draws = self.draws
+        noise = Noise(radius, draws.seed, draws.step, draws.purpose(0), draws.images, draws.copies)
+        around = diversify(point, copies=len(self.which), noise=noise)
+        return around.reshape(len(self.which), *point.shape)
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """[K, N, C, H, W]: the mean gradient over the views of each of these points, [K, N, C, H, W]."""
+        return self._over_views(points, self._gradients)
+
+    def gain(self, points: Tensor) -> Tensor:
+        """[K, N]: the mean gain over the views of each of these points, [K, N, C, H, W]."""
+        return self._over_views(points, self._gains)
+
+    def _over_views(self, points: Tensor, of: Callable[[Tensor, Tensor, Draws], Tensor]) -> Tensor:
+        views, rows = self._task.views, points.flatten(0, 1)
+        total: Tensor | None = None
+        first = 0
+        while first < views:
+            together = self._task.chunks.most(len(rows), views - first)
+            numbers = torch.arange(first, first + together, device=rows.device)
+            copies = (self.which + self._samples * numbers[:, None]).flatten()
+            repeated = rows if together == 1 else rows.repeat(together, 1, 1, 1)
+            which = numbers.repeat_interleave(len(points), output_size=len(copies))
+            result = of(repeated, which, self._draws(copies))
+            total = _add_in_order(total, result.reshape(together, len(points), -1, *result.shape[1:]))
+            first += together
+        assert total is not None
+        self.passes += 1
+        return total.div_(views)
+
+    def _gradients(self, rows: Tensor, which: Tensor, draws: Draws) -> Tensor:
+        """[R, C, H, W]: the gradient of every row, `which` saying the number of its view."""
+        leaf = rows.detach().requires_grad_()
+        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf):
+            seen, gain = self._seen(leaf, which, draws)
+            # A sum over images, not a mean: an image's gradient must not depend on how many others there are.
+            (grad,) = torch.autograd.grad(gain.sum() / len(seen.heads), leaf)
+        return grad
+
+    @torch.no_grad()
+    def _gains(self, rows: Tensor, which: Tensor, draws: Draws) -> Tensor:
+        seen, gain = self._seen(rows, which, draws)
+        return gain.reshape(len(seen.heads), -1).mean(0)
+
+    def _seen(self, rows: Tensor, which: Tensor, draws: Draws) -> tuple[Seen, Tensor]:
+        views, stride, task = Views(rows), 1, self._task
+        for slot, transform in enumerate(task.transforms, FIRST_SLOT):
+            views = transform.view(views, which // stride % transform.copies, draws.at(slot))
+            stride *= transform.copies
+        seen = observe(task.source, views.render, task.objective.layers, draws.at(SOURCE_SLOT))
+        return seen, task.objective.gain(seen, seen.rows(task.labels), task.kept)
+
+    def _draws(self, copies: Tensor) -> Draws:
+        if self.passes >= MOST_PASSES:
+            raise ValueError(f"estimator: more than {MOST_PASSES} passes a step; allowed are at most so many")
+        return replace(self._task.draws, copies=copies + COPIES_PER_PASS * self.passes)
+
+
+def _add_in_order(total: Tensor | None, parts: Tensor) -> Tensor:
+    """`total`, or zero if None, plus parts[0], plus parts[1], and so on; in place of `total`."""
+    for part in parts:
+        total = part.clone() if total is None else total.add_(part)
+    assert total is not None
+    return total
