@@ -1,52 +1,21 @@
 """One attack loop, components that combine freely, and the field's attacks as presets over them."""
 
+from alignfast.attacks import estimators, objectives, presets, shaping, steps, transforms
+from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.engine import Attack
-from alignfast.attacks.estimators import Estimator, Plain, VarianceTuning
-from alignfast.attacks.objectives import CrossEntropy, Objective
-from alignfast.attacks.presets import (
-    BIM,
-    DIFGSM,
-    FGSM,
-    MIFGSM,
-    NIFGSM,
-    PGD,
-    PRESETS,
-    SINIFGSM,
-    TIFGSM,
-    VMIFGSM,
-    VNIFGSM,
-    create,
-)
-from alignfast.attacks.shaping import Shaping, Smoothing
-from alignfast.attacks.steps import L2Step, SignStep, StepRule
-from alignfast.attacks.transforms import InputDiversity, Neighbors, Scales, Transform
+from alignfast.attacks.estimators import *
+from alignfast.attacks.gradient import Gradient, Look
+from alignfast.attacks.objectives import *
+from alignfast.attacks.observe import Seen
+from alignfast.attacks.presets import *
+from alignfast.attacks.shaping import *
+from alignfast.attacks.steps import *
+from alignfast.attacks.transforms import *
 
-__all__ = [
-    "BIM",
-    "DIFGSM",
-    "FGSM",
-    "MIFGSM",
-    "NIFGSM",
-    "PGD",
-    "PRESETS",
-    "SINIFGSM",
-    "TIFGSM",
-    "VMIFGSM",
-    "VNIFGSM",
-    "Attack",
-    "CrossEntropy",
-    "Estimator",
-    "InputDiversity",
-    "L2Step",
-    "Neighbors",
-    "Objective",
-    "Plain",
-    "Scales",
-    "Shaping",
-    "SignStep",
-    "Smoothing",
-    "StepRule",
-    "Transform",
-    "VarianceTuning",
-    "create",
-]
+__all__ = ["Attack", "Component", "Gradient", "Look", "Memory", "Position", "Seen", "Start"]
+__all__ += estimators.__all__
+__all__ += objectives.__all__
+__all__ += presets.__all__
+__all__ += shaping.__all__
+__all__ += steps.__all__
+__all__ += transforms.__all__

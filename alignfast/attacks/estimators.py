@@ -12,6 +12,8 @@ from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.gradient import Gradient
 from alignfast.checks import check_count, check_number
 
+__all__ = ["Estimator", "Plain", "VarianceTuning"]
+
 
 class Estimator(Component):
     """Which gradient to follow. An estimator that keeps nothing does the same at the last step as at any other."""

@@ -12,6 +12,8 @@ from alignfast.attacks.component import Component, Memory
 from alignfast.attacks.observe import Seen, check_layers
 from alignfast.models import Classifier
 
+__all__ = ["CrossEntropy", "Objective"]
+
 
 class Objective(Component):
     """What to increase. layers: names of modules whose output it looks at, as in `named_modules` of the model."""

@@ -13,6 +13,8 @@ from alignfast.attacks.component import Component
 from alignfast.checks import check_choice, check_count, check_number
 from alignfast.ops import smooth
 
+__all__ = ["Shaping", "Smoothing"]
+
 
 class Shaping(Component):
     """What is done to the gradient."""

@@ -14,6 +14,8 @@ from alignfast.checks import check_number
 from alignfast.draws import Draws
 from alignfast.ops import sign_step
 
+__all__ = ["L2Step", "SignStep", "StepRule"]
+
 
 class StepRule(Component):
     """How the images move. norm: of the ball that they stay in."""

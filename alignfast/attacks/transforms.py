@@ -15,6 +15,8 @@ from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.ops import ResizePad
 
+__all__ = ["InputDiversity", "Neighbors", "Scales", "Transform"]
+
 
 class Transform(Component):
     """Turns views into others, each on its own; with `copies` above 1, each image is shown that many times."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alignfast.attacks import (
+    PRESETS,
     Attack,
     InputDiversity,
     Neighbors,
@@ -16,6 +17,7 @@ from alignfast.attacks import (
     Smoothing,
     VarianceTuning,
     create,
+    parameters_of,
 )
 
 CHANNELS, SIDE, CLASSES = 2, 8, 3
@@ -29,13 +31,14 @@ class Halving(nn.Module):
         generator = torch.Generator().manual_seed(3)
         weight = torch.randn((CLASSES, CHANNELS * SIDE * SIDE), generator=generator, dtype=torch.float64)
         self.weight = nn.Parameter(weight)
+        self.coupled = nn.Identity()
         self.batches: list[int] = []
 
     def forward(self, images: Tensor) -> Tensor:
         self.batches.append(len(images))
         flat = images.flatten(1)
         # Couples the pixels of an image, so that a pixel's gradient depends on the others.
-        flat = flat + 0.5 * flat * flat.roll(1, 1)
+        flat = self.coupled(flat + 0.5 * flat * flat.roll(1, 1))
         return torch.stack([self._sum(flat * row) for row in self.weight], 1)
 
     def _sum(self, x: Tensor) -> Tensor:
@@ -43,6 +46,13 @@ class Halving(nn.Module):
             half = x.shape[1] // 2
             x = x[:, :half] + x[:, half:]
         return x[:, 0] / 8
+
+
+# What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
+PARAMETERS: dict[str, dict[str, Any]] = {}
+# Presets whose source must be of a kind of its own; their own tests have one.
+PARTICULAR: set[str] = set()
+GENERAL = [name for name in PRESETS if name not in PARTICULAR]
 
 
 def photos(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -54,7 +64,8 @@ def labels_of(count: int) -> Tensor:
 
 
 def build(name: str, model: nn.Module, **options: Any) -> Attack:
-    return create(name, model, eps=0.1, **({} if name == "fgsm" else {"alpha": 0.03, "steps": 4}), **options)
+    numbers = {"eps": 0.1, "alpha": 0.03, "steps": 4} | PARAMETERS.get(name, {}) | options
+    return create(name, model, **{key: value for key, value in numbers.items() if key in parameters_of(name)})
 
 
 def everything(model: nn.Module, **options: Any) -> Attack:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from alignfast.attacks import (
-    PRESETS,
     Attack,
     Estimator,
     InputDiversity,
@@ -23,12 +22,12 @@ from alignfast.attacks.component import Memory, Position
 from alignfast.attacks.gradient import Gradient
 from alignfast.draws import Draws
 from alignfast.models import Classifier, Ensemble, as_classifier
-from tests.attacks.samples import CHANNELS, CLASSES, SIDE, Halving, Network, build, labels_of, made, photos
+from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Network, build, labels_of, made, photos
 
 RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_an_image_is_attacked_alike_alone_and_in_any_batch(name: str) -> None:
     attack = made(name, Halving(), seed=9)
     images, labels, indices = photos(7), labels_of(7), torch.tensor([40, 2, 0, 2**31, 17, 5, 3])
@@ -64,7 +63,7 @@ def test_draws_belong_to_the_index_the_seed_and_nothing_else(name: str) -> None:
     assert torch.equal(same[2], same[0])
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in RANDOM])
+@pytest.mark.parametrize("name", [name for name in GENERAL if name not in RANDOM])
 def test_the_seed_is_nothing_to_attacks_without_draws(name: str) -> None:
     images, labels = photos(2), labels_of(2)
     assert torch.equal(build(name, Halving(), seed=1)(images, labels), build(name, Halving(), seed=2)(images, labels))
@@ -114,7 +113,7 @@ def test_two_images_have_their_own_geometry_and_noise() -> None:
     assert covered[0] != covered[1]
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_nothing_outside_is_changed(name: str) -> None:
     torch.manual_seed(0)
     model = Network().train()
@@ -171,7 +170,7 @@ def test_a_bare_module_is_a_classifier_without_normalisation() -> None:
     assert torch.equal(create("nifgsm", Classifier(Halving(), num_classes=CLASSES))(images, labels), bare)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_memory_layout_and_empty_batches(name: str) -> None:
     attack = build(name, Halving())
     images, labels = photos(2), labels_of(2)
@@ -235,7 +234,7 @@ def test_ensemble_gradients(combine: Any, targeted: bool) -> None:
 
 
 @pytest.mark.parametrize("combine", ["logits", "probabilities", "losses"])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_an_ensemble_of_one_is_its_member(name: str, combine: Any) -> None:
     images, labels = photos(2), labels_of(2)
     alone = build(name, Halving())(images, labels)
@@ -349,7 +348,7 @@ def test_numbers_outside_their_range_are_refused(parameters: dict[str, Any], mes
     assert module.count == 0
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_every_preset_checks_eps_and_source(name: str) -> None:
     with pytest.raises(ValueError, match=r"eps: got -0\.1"):
         create(name, Counting(), eps=-0.1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alignfast.attacks import PRESETS, Attack, VarianceTuning, create, graph
 from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.no_sync import NoSync
-from tests.attacks.samples import CLASSES, Halving, Network, build, labels_of, made, photos
+from tests.attacks.samples import CLASSES, GENERAL, Halving, Network, build, labels_of, made, photos
 from tests.attacks.tape import Tape, Taping
 
 
@@ -43,7 +43,7 @@ def ensemble(combine: Any) -> Ensemble:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_batch": 4, "seed": 2**63 + 5}], ids=["whole", "chunks"])
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_replays_are_the_plain_attack(name: str, options: dict[str, Any], taping: Taping) -> None:
     """To the bit, for batch after batch."""
     source = network().double()
@@ -89,7 +89,7 @@ def test_a_tape_replays_what_was_done_and_nothing_else() -> None:
     assert calls == ["python"]
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_buffers_stay_where_they_are(name: str, taping: Taping) -> None:
     attack, places = made(name, network().double()), set()
     for images, labels, indices in batches():
@@ -105,7 +105,7 @@ def test_buffers_stay_where_they_are(name: str, taping: Taping) -> None:
     assert len(next(iter(places))) == len(set(next(iter(places))))
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_a_step_replaces_no_buffer(name: str) -> None:
     """Also in the plain loop, whose step it is."""
     source = Classifier(network().double(), num_classes=CLASSES)

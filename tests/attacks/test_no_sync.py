@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignfast.attacks import PRESETS
 from alignfast.models import Classifier, Ensemble
 from tests.attacks.no_sync import NoSync
-from tests.attacks.samples import CLASSES, Network, build, labels_of, made, photos
+from tests.attacks.samples import CLASSES, GENERAL, Network, build, labels_of, made, photos
 
 FORBIDDEN: dict[str, tuple[str, Callable[[Tensor], object]]] = {
     "item": ("waits", lambda x: x.sum().item()),
@@ -66,7 +65,7 @@ def test_the_mode_allows_what_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_no_step_waits_for_the_device(name: str, device: str) -> None:
     """On "meta" tensors a value cannot be read at all, and whatever is made on the host stands out by its device."""
     source = Classifier(Network().eval(), (0.5, 0.5), (0.2, 0.2), CLASSES).to(device)
@@ -85,7 +84,7 @@ def test_ensembles_do_not_wait_for_the_device(combine: Any) -> None:
         assert build("vnifgsm", source)._run(source, images, labels, indices).shape == images.shape
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+@pytest.mark.parametrize("name", [*GENERAL, "everything"])
 def test_every_tensor_of_a_step_is_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fake tensors, which know their device and hold nothing.
 

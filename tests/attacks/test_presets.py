@@ -256,7 +256,6 @@ def test_defaults_are_torchattacks(name: str) -> None:
     wanted = common | ({} if name == "fgsm" else {"alpha": 2 / 255, "steps": 10}) | DEFAULTS[name]
     given = parameters_of(name)
     assert {key: given[key] for key in wanted} == wanted
-    assert list(PRESETS) == list(DEFAULTS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -359,7 +358,7 @@ def test_single_pixel_images(name: str) -> None:
 def test_preset_names_and_parameters_are_checked() -> None:
     model = network()
     with pytest.raises(
-        ValueError, match=r"attack: got 'mifgms' \(did you mean 'mifgsm'\?\); allowed is one of fgsm, bim"
+        ValueError, match=r"attack: got 'mifgms' \(did you mean 'mifgsm'\?\); allowed is one of .*, bim"
     ):
         create("mifgms", model)
     with pytest.raises(

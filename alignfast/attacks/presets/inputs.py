@@ -1,0 +1,87 @@
+"""Attacks that differ in what they show the model.
+
+Every preset takes eps and alpha in units of [0, 1] images, and the keywords of `Options`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Unpack
+
+from torch import nn
+
+from alignfast.attacks.engine import Attack
+from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
+from alignfast.attacks.shaping import Smoothing
+from alignfast.attacks.steps import SignStep
+from alignfast.attacks.transforms import InputDiversity, Scales
+
+__all__ = [
+    "DIFGSM",
+    "SINIFGSM",
+    "TIFGSM",
+]
+
+
+def SINIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    m: int = 5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Nesterov momentum over m scale copies (Lin et al., ICLR 2020)."""
+    return build(source, eps, alpha, steps, transforms=[Scales(m)], step=SignStep(decay, nesterov=True), **options)
+
+
+def DIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    resize_rate: float = 0.9,
+    diversity_prob: float = 0.5,
+    random_start: bool = False,
+    **options: Unpack[Options],
+) -> Attack:
+    """Input diversity (Xie et al., CVPR 2019); `decay` 1 gives M-DI2-FGSM."""
+    return build(
+        source,
+        eps,
+        alpha,
+        steps,
+        transforms=[InputDiversity(resize_rate, diversity_prob)],
+        step=SignStep(decay),
+        random_start=random_start,
+        **options,
+    )
+
+
+def TIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    kernel_name: Literal["gaussian", "uniform", "linear"] = "gaussian",
+    len_kernel: int = 15,
+    nsig: float = 3.0,
+    resize_rate: float = 0.9,
+    diversity_prob: float = 0.5,
+    random_start: bool = False,
+    **options: Unpack[Options],
+) -> Attack:
+    """Translation invariance (Dong et al., CVPR 2019) over input diversity, as torchattacks defines it."""
+    return build(
+        source,
+        eps,
+        alpha,
+        steps,
+        transforms=[InputDiversity(resize_rate, diversity_prob)],
+        shaping=[Smoothing(kernel_name, len_kernel, nsig)],
+        step=SignStep(decay),
+        random_start=random_start,
+        **options,
+    )
