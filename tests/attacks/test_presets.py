@@ -358,7 +358,7 @@ def test_single_pixel_images(name: str) -> None:
 def test_preset_names_and_parameters_are_checked() -> None:
     model = network()
     with pytest.raises(
-        ValueError, match=r"attack: got 'mifgms' \(did you mean 'mifgsm'\?\); allowed is one of .*, bim"
+        ValueError, match=r"attack: got 'mifgms' \(did you mean 'mifgsm'\?\); allowed is one of .*difgsm"
     ):
         create("mifgms", model)
     with pytest.raises(
