@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignfast.checks import hint
@@ -15,13 +16,15 @@ from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.models.classifier import Render
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Seen:
     """One pass over B rows, row k N + n being view k of image n.
 
     heads: [M, B, classes], the sets of logits whose gains are averaged; one for a single model. features: what the
-    named layers gave, [B, ...].
+    named layers gave, [B, ...], in float32 where that was in half precision.
     """
 
     heads: Tensor
@@ -61,7 +64,8 @@ def _keeping(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Ten
     features: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        features[name] = output if isinstance(output, Tensor) else output[0]
+        given = output if isinstance(output, Tensor) else output[0]
+        features[name] = given.float() if given.dtype in HALF else given
 
     handles = [module.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
     try:
