@@ -276,7 +276,7 @@ def attack_command(
         model=fingerprint(source),
         seed=seed,
         eps=engine.eps,
-        norm="linf",
+        norm=engine.step.norm,
         data=data,
         num_classes=source.num_classes,
     )
@@ -289,7 +289,7 @@ def attack_command(
             aims = None if dataset.targets is None else dataset.targets[indices]
             wanted = aims if targeted and aims is not None else labels
             adversarial = engine(images.to(place), wanted.to(place), indices=indices.to(place)).cpu()
-            writer.add(quantise(adversarial, eight_bit(images), engine.eps), labels, indices, aims)
+            writer.add(quantise(adversarial, eight_bit(images), engine.eps, engine.step.norm), labels, indices, aims)
             advance(len(images), "")
     print(f"{len(subset)} images in {folder}")
 
