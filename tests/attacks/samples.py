@@ -49,7 +49,9 @@ class Halving(nn.Module):
 
 
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
-PARAMETERS: dict[str, dict[str, Any]] = {}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "dim": {"resize_rate": 1.5},
+}
 # Presets whose source must be of a kind of its own; their own tests have one.
 PARTICULAR: set[str] = set()
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]

@@ -17,8 +17,11 @@ from alignfast.attacks.transforms import InputDiversity, Scales
 
 __all__ = [
     "DIFGSM",
+    "DIM",
+    "SIM",
     "SINIFGSM",
     "TIFGSM",
+    "TIM",
 ]
 
 
@@ -85,3 +88,47 @@ def TIFGSM(
         random_start=random_start,
         **options,
     )
+
+
+def DIM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    resize_rate: float = 1.1,
+    diversity_prob: float = 0.5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over enlarged, padded and shrunken images (Xie et al., CVPR 2019), as TransferAttack defines it."""
+    diversity = InputDiversity(resize_rate, diversity_prob)
+    return build(source, eps, alpha, steps, transforms=[diversity], step=SignStep(decay), **options)
+
+
+def TIM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    kernel_name: Literal["gaussian", "uniform", "linear"] = "gaussian",
+    len_kernel: int = 15,
+    nsig: float = 3.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over the smoothed gradient, without input diversity (Dong et al., CVPR 2019)."""
+    smoothing = Smoothing(kernel_name, len_kernel, nsig)
+    return build(source, eps, alpha, steps, shaping=[smoothing], step=SignStep(decay), **options)
+
+
+def SIM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    m: int = 5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over m scale copies, without the look-ahead (Lin et al., ICLR 2020)."""
+    return build(source, eps, alpha, steps, transforms=[Scales(m)], step=SignStep(decay), **options)

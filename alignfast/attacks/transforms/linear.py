@@ -1,31 +1,20 @@
-"""Input transforms: what the model is shown instead of the images themselves."""
+"""Transforms that `diversify` carries out together with the model's normalisation."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alignfast.attacks.component import Component
+from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.ops import ResizePad
 
-__all__ = ["InputDiversity", "Neighbors", "Scales", "Transform"]
-
-
-class Transform(Component):
-    """Turns views into others, each on its own; with `copies` above 1, each image is shown that many times."""
-
-    copies: int
-
-    @abstractmethod
-    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
-        """`which`, int64 [K] in [0, copies), says which of its copies each view is to be."""
+__all__ = ["InputDiversity", "Neighbors", "Scales"]
 
 
 @dataclass(frozen=True)
