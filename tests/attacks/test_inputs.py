@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from alignfast.attacks import create
+from alignfast.attacks import Mixes, MixMask, Scales, UniformScales, create
+from alignfast.attacks.views import Views
+from alignfast.draws import Draws
+from alignfast.models import Classifier
 from alignfast.ops import philox_uniform
+from tests.attacks import samples, test_engine, test_no_sync
+from tests.attacks.no_sync import NoSync
 from tests.attacks.test_presets import (
     ALPHA,
     BASE,
@@ -22,6 +27,7 @@ from tests.attacks.test_presets import (
     LABELS,
     SEED,
     STEPS,
+    Constant,
     Gradient,
     clip,
     diversity,
@@ -31,6 +37,10 @@ from tests.attacks.test_presets import (
     through,
     unit,
 )
+
+POOLED = {"admix", "usmm"}
+# Values that turn signs and are clipped when mixed in.
+POOL = photos(4, seed=17)
 
 # Shows an image, [C, H, W], as copy number `copy` of image number `n` in step `step`.
 Show = Callable[[Tensor, int, int, int], Tensor]
@@ -89,11 +99,30 @@ def tim(images: Tensor, grad: Gradient) -> Tensor:
     return adv
 
 
+def pick(n: int, copy: int, step: int, slot: int) -> Tensor:
+    return POOL[math.floor(float(drawn(n, copy, step, 0, slot=slot)) * len(POOL))]
+
+
+def admix(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """Copy i of the 3 scales has number 2 i, or 2 i + 1 as the second of the 2 mixes."""
+    return (image + 0.3 * pick(n, copy, step, 1)) / 2 ** (copy // 2)
+
+
+def usmm(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    scale = (0.2, 0.5, 0.8)[copy % 3]
+    return (scale * image * (0.6 + 0.8 * pick(n, copy, step, 2))).clamp(0, 1)
+
+
 MOMENTUM = BASE | {"decay": DECAY}
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "DIM": (dim, {"resize_rate": 1.3, "diversity_prob": 0.6}),
     "TIM": (tim, {"len_kernel": 5, "nsig": 2.0}),
     "SIM": (over_copies(lambda image, n, copy, step: image / 2**copy, 3), {"m": 3}),
+    "Admix": (over_copies(admix, 6), {"num_scale": 3, "num_admix": 2, "admix_strength": 0.3, "pool": POOL}),
+    "USMM": (
+        over_copies(usmm, 6),
+        {"num_scale": 3, "scale_low": 0.2, "scale_high": 0.8, "num_mix": 2, "mix_range": 0.4, "pool": POOL},
+    ),
 }
 
 
@@ -112,6 +141,8 @@ DEFAULTS: dict[str, str] = {
     "dim": "[InputDiversity(rate=1.1, p=0.5, copies=1)]",
     "tim": "[]",
     "sim": "[Scales(copies=5)]",
+    "admix": "[Mixes(pool=None, copies=3, strength=0.2), Scales(copies=5)]",
+    "usmm": "[UniformScales(copies=5, low=0.1, high=0.75), MixMask(pool=None, copies=3, mix_range=0.5)]",
 }
 
 
@@ -122,3 +153,120 @@ def test_defaults(name: str) -> None:
     assert parameters["step"] == "SignStep(momentum=1.0, nesterov=False)"
     smoothing = "[Smoothing(kernel='gaussian', size=15, sigma=3.0)]" if name == "tim" else "()"
     assert parameters["shaping"] == smoothing
+
+
+@pytest.mark.parametrize("name", sorted(POOLED))
+@pytest.mark.parametrize(
+    "holds",
+    [
+        test_engine.test_an_image_is_attacked_alike_alone_and_in_any_batch,
+        test_engine.test_draws_belong_to_the_index_the_seed_and_nothing_else,
+        test_engine.test_nothing_outside_is_changed,
+        test_engine.test_memory_layout_and_empty_batches,
+    ],
+    ids=lambda holds: holds.__name__.removeprefix("test_"),
+)
+def test_what_holds_for_all_attacks_holds_with_a_pool(holds: Callable[[str], None], name: str) -> None:
+    holds(name)
+
+
+@pytest.mark.parametrize("max_batch", [1, 5])
+@pytest.mark.parametrize("name", sorted(POOLED))
+def test_max_batch_changes_memory_only_with_a_pool(name: str, max_batch: int) -> None:
+    test_engine.test_max_batch_changes_memory_only(name, max_batch)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", sorted(POOLED))
+def test_no_step_with_a_pool_waits_for_the_device(name: str, device: str) -> None:
+    source = Classifier(samples.Network().eval(), (0.5, 0.5), (0.2, 0.2), samples.CLASSES).to(device)
+    images, labels, indices = test_no_sync.batch(device)
+    attack = samples.build(name, source)
+    for transform in attack.transforms:
+        if isinstance(transform, Mixes | MixMask):
+            # What the border does cannot be done with a tensor without values.
+            object.__setattr__(transform, "pool", samples.pool(3).to(device))
+    with NoSync(device):
+        assert attack._run(source, images, labels, indices).device.type == device
+
+
+@pytest.mark.parametrize("name", sorted(POOLED))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_zero_gradient_moves_nothing_with_a_pool(name: str, dtype: torch.dtype) -> None:
+    images = photos().to(dtype)
+    adv = create(name, Constant(4), pool=POOL.to(dtype))(images, LABELS)
+    assert torch.equal(adv, images)
+    assert adv.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("pool", "error", "message"),
+    [
+        (None, ValueError, r"pool: got None; allowed is a tensor \[M, C, H, W\] of images to mix in"),
+        ([1.0], TypeError, "pool: got list"),
+        (POOL[0], ValueError, r"pool: got shape \[3, 12, 12\]"),
+        (POOL[:0], ValueError, "pool: got no image"),
+        ((POOL * 255).byte(), ValueError, "pool: got dtype torch.uint8"),
+        (POOL * 2, ValueError, r"pool: values span .*; allowed is \[0, 1\]"),
+        (POOL[..., 1:], ValueError, r"pool: got images of \[3, 12, 11\]; allowed is .* \[3, 12, 12\]"),
+        (POOL[:, :1], ValueError, r"pool: got images of \[1, 12, 12\]"),
+    ],
+)
+@pytest.mark.parametrize("name", sorted(POOLED))
+def test_pools_that_cannot_be_mixed_in_are_refused(name: str, pool: Any, error: type[Exception], message: str) -> None:
+    module = test_engine.Counting()
+    with pytest.raises(error, match=message) as raised:
+        create(name, module, pool=pool)(photos(), LABELS)
+    assert "\n" not in str(raised.value)
+    assert module.count == 0
+
+
+def test_a_pool_elsewhere_is_refused() -> None:
+    mixes = Mixes(POOL)
+    object.__setattr__(mixes, "pool", POOL.to("meta"))
+    with pytest.raises(ValueError, match="pool: on meta; allowed is the device of images, cpu"):
+        mixes.check(network(), photos())
+
+
+@pytest.mark.parametrize("kind", [Mixes, MixMask])
+def test_transforms_with_a_pool_compare_and_print_by_what_it_holds(kind: type[Mixes | MixMask]) -> None:
+    one = kind(POOL, 2)
+    same, changed = POOL.clone(), POOL.clone()
+    changed[3, 2, 11, 11] = 0.123
+    assert one == kind(same, 2)
+    assert hash(one) == hash(kind(same, 2))
+    assert one in [kind(None, 2), kind(same, 2)]
+    assert kind(None) == kind(None)
+    others = [kind(changed, 2), kind(POOL, 3), kind(POOL[1:], 2), kind(POOL.float(), 2), kind(None, 2), Scales(2)]
+    assert one not in others[:3] + others[4:]
+    assert repr(one) == repr(kind(same, 2))
+    assert len({repr(one), *map(repr, others)}) == 7
+    assert repr(one).startswith(f"{kind.__name__}(pool=<float64 [4, 3, 12, 12] ")
+    assert len(repr(one)) < 90
+
+
+def test_images_of_the_pool_are_all_drawn_and_alike() -> None:
+    count = 4000
+    draws = Draws(SEED, 0, torch.arange(count), torch.arange(2), 1)
+    dark, pool = torch.zeros((2 * count, 1, 1, 1)), (torch.arange(4.0) / 4)[:, None, None, None]
+    shown = Mixes(pool, 2, 1.0).view(Views(dark), torch.arange(2), draws).render()
+    share = [(shown == value).double().mean() for value in pool.flatten()]
+    assert all(abs(part - 0.25) < 0.02 for part in share)
+    assert not torch.equal(shown[:count], shown[count:])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Mixes(POOL, 0), "copies: got 0"),
+        (lambda: Mixes(POOL, 1, -0.1), "strength: got -0.1"),
+        (lambda: MixMask(POOL, 1, 1.1), "mix_range: got 1.1"),
+        (lambda: MixMask(POOL, 1, -0.1), "mix_range: got -0.1"),
+        (lambda: UniformScales(0), "copies: got 0"),
+        (lambda: UniformScales(2, 0.5, 0.4), r"low: got 0.5; allowed is a number in \[0, 0.4\]"),
+        (lambda: UniformScales(2, 0.5, 1.1), "high: got 1.1"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Literal, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
-from alignfast.attacks.transforms import InputDiversity, Scales
+from alignfast.attacks.transforms import InputDiversity, Mixes, MixMask, Scales, UniformScales
 
 __all__ = [
     "DIFGSM",
@@ -22,6 +22,8 @@ __all__ = [
     "SINIFGSM",
     "TIFGSM",
     "TIM",
+    "USMM",
+    "Admix",
 ]
 
 
@@ -132,3 +134,39 @@ def SIM(
 ) -> Attack:
     """Momentum over m scale copies, without the look-ahead (Lin et al., ICLR 2020)."""
     return build(source, eps, alpha, steps, transforms=[Scales(m)], step=SignStep(decay), **options)
+
+
+def Admix(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_scale: int = 5,
+    num_admix: int = 3,
+    admix_strength: float = 0.2,
+    pool: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over scale copies of mixes with images of `pool`, see `Mixes` (Wang et al., ICCV 2021)."""
+    mixes = [Mixes(pool, num_admix, admix_strength), Scales(num_scale)]
+    return build(source, eps, alpha, steps, transforms=mixes, step=SignStep(decay), **options)
+
+
+def USMM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    scale_low: float = 0.1,
+    scale_high: float = 0.75,
+    num_scale: int = 5,
+    num_mix: int = 3,
+    mix_range: float = 0.5,
+    pool: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over evenly scaled copies under masks of images of `pool`, see `MixMask` (Wang et al., 2023)."""
+    masked = [UniformScales(num_scale, scale_low, scale_high), MixMask(pool, num_mix, mix_range)]
+    return build(source, eps, alpha, steps, transforms=masked, step=SignStep(decay), **options)
