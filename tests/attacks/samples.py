@@ -57,6 +57,7 @@ def pool(count: int) -> Tensor:
 PARAMETERS: dict[str, dict[str, Any]] = {
     "admix": {"num_scale": 2, "num_admix": 2, "admix_strength": 2.0, "pool": pool(3)},
     "dim": {"resize_rate": 1.5},
+    "ssm": {"num_spectrum": 2},
     "usmm": {"num_scale": 2, "num_mix": 2, "pool": pool(3)},
 }
 # Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.

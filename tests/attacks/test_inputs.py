@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.fft import dct, dctn
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from alignfast.attacks import Mixes, MixMask, Scales, UniformScales, create
+from alignfast.attacks import Mixes, MixMask, Scales, SpectrumMask, Transform, UniformScales, create
 from alignfast.attacks.views import Views
 from alignfast.draws import Draws
 from alignfast.models import Classifier
@@ -26,6 +28,7 @@ from tests.attacks.test_presets import (
     INDICES,
     LABELS,
     SEED,
+    SIDE,
     STEPS,
     Constant,
     Gradient,
@@ -113,12 +116,22 @@ def usmm(image: Tensor, n: int, copy: int, step: int) -> Tensor:
     return (scale * image * (0.6 + 0.8 * pick(n, copy, step, 2))).clamp(0, 1)
 
 
+WAVES = torch.from_numpy(dct(np.eye(SIDE), axis=0, norm="ortho"))
+
+
+def ssm(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    noisy = image + 0.1 * normal(n, copy, step, 0, image.shape)
+    mask = 1 + 0.4 * (2 * drawn(n, copy, step, 2, image.shape) - 1)
+    return torch.stack([WAVES.T @ (WAVES @ c @ WAVES.T * m) @ WAVES for c, m in zip(noisy, mask, strict=True)])
+
+
 MOMENTUM = BASE | {"decay": DECAY}
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "DIM": (dim, {"resize_rate": 1.3, "diversity_prob": 0.6}),
     "TIM": (tim, {"len_kernel": 5, "nsig": 2.0}),
     "SIM": (over_copies(lambda image, n, copy, step: image / 2**copy, 3), {"m": 3}),
     "Admix": (over_copies(admix, 6), {"num_scale": 3, "num_admix": 2, "admix_strength": 0.3, "pool": POOL}),
+    "SSM": (over_copies(ssm, 2), {"num_spectrum": 2, "rho": 0.4, "sigma": 0.1}),
     "USMM": (
         over_copies(usmm, 6),
         {"num_scale": 3, "scale_low": 0.2, "scale_high": 0.8, "num_mix": 2, "mix_range": 0.4, "pool": POOL},
@@ -142,6 +155,7 @@ DEFAULTS: dict[str, str] = {
     "tim": "[]",
     "sim": "[Scales(copies=5)]",
     "admix": "[Mixes(pool=None, copies=3, strength=0.2), Scales(copies=5)]",
+    "ssm": f"[SpectrumMask(copies=20, rho=0.5, sigma={16 / 255})]",
     "usmm": "[UniformScales(copies=5, low=0.1, high=0.75), MixMask(pool=None, copies=3, mix_range=0.5)]",
 }
 
@@ -245,6 +259,28 @@ def test_transforms_with_a_pool_compare_and_print_by_what_it_holds(kind: type[Mi
     assert len(repr(one)) < 90
 
 
+def shown(transform: Transform, images: Tensor, copies: int = 1, step: int = 0) -> Tensor:
+    """[copies, N, C, H, W]: the views of these images as data points 0, 1, 2 and so on."""
+    draws = Draws(SEED, step, torch.arange(len(images)), torch.arange(copies), 1)
+    rows = Views(images.repeat(copies, 1, 1, 1))
+    which = torch.arange(copies) % transform.copies
+    return transform.view(rows, which, draws).render().reshape(copies, *images.shape)
+
+
+def test_frequencies_are_weighted_each_on_its_own() -> None:
+    """Also of images that are not square: the spectrum of the view over that of the image is the mask."""
+    images = torch.rand((2, 3, 7, 10), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    views = shown(SpectrumMask(2, 0.3, 0.0), images, 2)
+    mask = dctn(views.numpy(), axes=(3, 4)) / dctn(images.numpy(), axes=(2, 3))
+    assert 0.7 - 1e-6 < mask.min() < 0.71
+    assert 1.29 < mask.max() < 1.3 + 1e-6
+    assert np.unique(mask.round(9)).size == mask.size
+    torch.testing.assert_close(shown(SpectrumMask(1, 0.0, 0.0), images)[0], images, rtol=0, atol=1e-12)
+    noise = shown(SpectrumMask(20, 0.0, 0.5), images, 20) - images
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 0.5) < 0.02
+
+
 def test_images_of_the_pool_are_all_drawn_and_alike() -> None:
     count = 4000
     draws = Draws(SEED, 0, torch.arange(count), torch.arange(2), 1)
@@ -262,6 +298,9 @@ def test_images_of_the_pool_are_all_drawn_and_alike() -> None:
         (lambda: Mixes(POOL, 1, -0.1), "strength: got -0.1"),
         (lambda: MixMask(POOL, 1, 1.1), "mix_range: got 1.1"),
         (lambda: MixMask(POOL, 1, -0.1), "mix_range: got -0.1"),
+        (lambda: SpectrumMask(0), "copies: got 0"),
+        (lambda: SpectrumMask(rho=1.1), "rho: got 1.1"),
+        (lambda: SpectrumMask(sigma=-1), "sigma: got -1"),
         (lambda: UniformScales(0), "copies: got 0"),
         (lambda: UniformScales(2, 0.5, 0.4), r"low: got 0.5; allowed is a number in \[0, 0.4\]"),
         (lambda: UniformScales(2, 0.5, 1.1), "high: got 1.1"),

@@ -13,13 +13,14 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
-from alignfast.attacks.transforms import InputDiversity, Mixes, MixMask, Scales, UniformScales
+from alignfast.attacks.transforms import InputDiversity, Mixes, MixMask, Scales, SpectrumMask, UniformScales
 
 __all__ = [
     "DIFGSM",
     "DIM",
     "SIM",
     "SINIFGSM",
+    "SSM",
     "TIFGSM",
     "TIM",
     "USMM",
@@ -170,3 +171,19 @@ def USMM(
     """Momentum over evenly scaled copies under masks of images of `pool`, see `MixMask` (Wang et al., 2023)."""
     masked = [UniformScales(num_scale, scale_low, scale_high), MixMask(pool, num_mix, mix_range)]
     return build(source, eps, alpha, steps, transforms=masked, step=SignStep(decay), **options)
+
+
+def SSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_spectrum: int = 20,
+    rho: float = 0.5,
+    sigma: float = 16 / 255,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over noisy copies with randomly weighted frequencies, S2I-FGSM (Long et al., ECCV 2022)."""
+    masks = SpectrumMask(num_spectrum, rho, sigma)
+    return build(source, eps, alpha, steps, transforms=[masks], step=SignStep(decay), **options)
