@@ -56,7 +56,10 @@ def pool(count: int) -> Tensor:
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "admix": {"num_scale": 2, "num_admix": 2, "admix_strength": 2.0, "pool": pool(3)},
+    "bsr": {"num_scale": 2},
     "dim": {"resize_rate": 1.5},
+    "maskblock": {"num_block": 2},
+    "sia": {"num_scale": 2},
     "ssm": {"num_spectrum": 2},
     "usmm": {"num_scale": 2, "num_mix": 2, "pool": pool(3)},
 }

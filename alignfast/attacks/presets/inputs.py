@@ -13,11 +13,23 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
-from alignfast.attacks.transforms import InputDiversity, Mixes, MixMask, Scales, SpectrumMask, UniformScales
+from alignfast.attacks.transforms import (
+    BlockMasks,
+    BlockOperations,
+    BlockShuffle,
+    InputDiversity,
+    Mixes,
+    MixMask,
+    Scales,
+    SpectrumMask,
+    UniformScales,
+)
 
 __all__ = [
+    "BSR",
     "DIFGSM",
     "DIM",
+    "SIA",
     "SIM",
     "SINIFGSM",
     "SSM",
@@ -25,6 +37,7 @@ __all__ = [
     "TIM",
     "USMM",
     "Admix",
+    "MaskBlock",
 ]
 
 
@@ -187,3 +200,47 @@ def SSM(
     """Momentum over noisy copies with randomly weighted frequencies, S2I-FGSM (Long et al., ECCV 2022)."""
     masks = SpectrumMask(num_spectrum, rho, sigma)
     return build(source, eps, alpha, steps, transforms=[masks], step=SignStep(decay), **options)
+
+
+def SIA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_scale: int = 20,
+    num_block: int = 3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over copies in which every block is changed in its own way (Wang et al., ICCV 2023)."""
+    changes = BlockOperations(num_scale, num_block)
+    return build(source, eps, alpha, steps, transforms=[changes], step=SignStep(decay), **options)
+
+
+def BSR(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_scale: int = 20,
+    num_block: int = 2,
+    degrees: float = 24.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over copies with blocks shuffled and turned (Wang et al., CVPR 2024)."""
+    shuffle = BlockShuffle(num_scale, num_block, degrees)
+    return build(source, eps, alpha, steps, transforms=[shuffle], step=SignStep(decay), **options)
+
+
+def MaskBlock(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_block: int = 4,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over num_block^2 copies, each without one block: of 56 pixels if 224 are given (Fan et al., 2022)."""
+    return build(source, eps, alpha, steps, transforms=[BlockMasks(num_block)], step=SignStep(decay), **options)
