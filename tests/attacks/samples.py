@@ -48,10 +48,23 @@ class Halving(nn.Module):
         return x[:, 0] / 8
 
 
+def pool(count: int) -> Tensor:
+    """To mix in."""
+    return torch.rand((count, CHANNELS, SIDE, SIDE), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
-PARAMETERS: dict[str, dict[str, Any]] = {}
-# Presets whose source must be of a kind of its own; their own tests have one.
-PARTICULAR: set[str] = set()
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "admix": {"num_scale": 2, "num_admix": 2, "admix_strength": 2.0, "pool": pool(3)},
+    "bsr": {"num_scale": 2},
+    "dim": {"resize_rate": 1.5},
+    "maskblock": {"num_block": 2},
+    "sia": {"num_scale": 2},
+    "ssm": {"num_spectrum": 2},
+    "usmm": {"num_scale": 2, "num_mix": 2, "pool": pool(3)},
+}
+# Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.
+PARTICULAR = {"admix", "usmm"}
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]
 
 

@@ -24,7 +24,7 @@ from alignfast.draws import Draws
 from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Network, build, labels_of, made, photos
 
-RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
+RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "bsr", "dim", "sia", "ssm", "tifgsm"]
 
 
 @pytest.mark.parametrize("name", [*GENERAL, "everything"])
@@ -47,7 +47,7 @@ def test_draws_belong_to_the_index_the_seed_and_nothing_else(name: str) -> None:
 
     def attack(seed: int) -> Attack:
         # Wide enough for draws to turn signs.
-        return create(name, Halving(), eps=0.5, alpha=0.05, steps=6, seed=seed)
+        return build(name, Halving(), eps=0.5, alpha=0.05, steps=6, seed=seed)
 
     first = attack(seed=1)(images, labels)
     assert torch.equal(attack(seed=1)(images, labels), first)

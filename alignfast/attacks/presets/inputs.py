@@ -7,18 +7,37 @@ from __future__ import annotations
 
 from typing import Literal, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
-from alignfast.attacks.transforms import InputDiversity, Scales
+from alignfast.attacks.transforms import (
+    BlockMasks,
+    BlockOperations,
+    BlockShuffle,
+    InputDiversity,
+    Mixes,
+    MixMask,
+    Scales,
+    SpectrumMask,
+    UniformScales,
+)
 
 __all__ = [
+    "BSR",
     "DIFGSM",
+    "DIM",
+    "SIA",
+    "SIM",
     "SINIFGSM",
+    "SSM",
     "TIFGSM",
+    "TIM",
+    "USMM",
+    "Admix",
+    "MaskBlock",
 ]
 
 
@@ -85,3 +104,143 @@ def TIFGSM(
         random_start=random_start,
         **options,
     )
+
+
+def DIM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    resize_rate: float = 1.1,
+    diversity_prob: float = 0.5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over enlarged, padded and shrunken images (Xie et al., CVPR 2019), as TransferAttack defines it."""
+    diversity = InputDiversity(resize_rate, diversity_prob)
+    return build(source, eps, alpha, steps, transforms=[diversity], step=SignStep(decay), **options)
+
+
+def TIM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    kernel_name: Literal["gaussian", "uniform", "linear"] = "gaussian",
+    len_kernel: int = 15,
+    nsig: float = 3.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over the smoothed gradient, without input diversity (Dong et al., CVPR 2019)."""
+    smoothing = Smoothing(kernel_name, len_kernel, nsig)
+    return build(source, eps, alpha, steps, shaping=[smoothing], step=SignStep(decay), **options)
+
+
+def SIM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    m: int = 5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over m scale copies, without the look-ahead (Lin et al., ICLR 2020)."""
+    return build(source, eps, alpha, steps, transforms=[Scales(m)], step=SignStep(decay), **options)
+
+
+def Admix(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_scale: int = 5,
+    num_admix: int = 3,
+    admix_strength: float = 0.2,
+    pool: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over scale copies of mixes with images of `pool`, see `Mixes` (Wang et al., ICCV 2021)."""
+    mixes = [Mixes(pool, num_admix, admix_strength), Scales(num_scale)]
+    return build(source, eps, alpha, steps, transforms=mixes, step=SignStep(decay), **options)
+
+
+def USMM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    scale_low: float = 0.1,
+    scale_high: float = 0.75,
+    num_scale: int = 5,
+    num_mix: int = 3,
+    mix_range: float = 0.5,
+    pool: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over evenly scaled copies under masks of images of `pool`, see `MixMask` (Wang et al., 2023)."""
+    masked = [UniformScales(num_scale, scale_low, scale_high), MixMask(pool, num_mix, mix_range)]
+    return build(source, eps, alpha, steps, transforms=masked, step=SignStep(decay), **options)
+
+
+def SSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_spectrum: int = 20,
+    rho: float = 0.5,
+    sigma: float = 16 / 255,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over noisy copies with randomly weighted frequencies, S2I-FGSM (Long et al., ECCV 2022)."""
+    masks = SpectrumMask(num_spectrum, rho, sigma)
+    return build(source, eps, alpha, steps, transforms=[masks], step=SignStep(decay), **options)
+
+
+def SIA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_scale: int = 20,
+    num_block: int = 3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over copies in which every block is changed in its own way (Wang et al., ICCV 2023)."""
+    changes = BlockOperations(num_scale, num_block)
+    return build(source, eps, alpha, steps, transforms=[changes], step=SignStep(decay), **options)
+
+
+def BSR(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_scale: int = 20,
+    num_block: int = 2,
+    degrees: float = 24.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over copies with blocks shuffled and turned (Wang et al., CVPR 2024)."""
+    shuffle = BlockShuffle(num_scale, num_block, degrees)
+    return build(source, eps, alpha, steps, transforms=[shuffle], step=SignStep(decay), **options)
+
+
+def MaskBlock(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_block: int = 4,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over num_block^2 copies, each without one block: of 56 pixels if 224 are given (Fan et al., 2022)."""
+    return build(source, eps, alpha, steps, transforms=[BlockMasks(num_block)], step=SignStep(decay), **options)

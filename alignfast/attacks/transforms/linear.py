@@ -1,31 +1,20 @@
-"""Input transforms: what the model is shown instead of the images themselves."""
+"""Transforms that `diversify` carries out together with the model's normalisation."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alignfast.attacks.component import Component
+from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.ops import ResizePad
 
-__all__ = ["InputDiversity", "Neighbors", "Scales", "Transform"]
-
-
-class Transform(Component):
-    """Turns views into others, each on its own; with `copies` above 1, each image is shown that many times."""
-
-    copies: int
-
-    @abstractmethod
-    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
-        """`which`, int64 [K] in [0, copies), says which of its copies each view is to be."""
+__all__ = ["InputDiversity", "Neighbors", "Scales", "UniformScales"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +71,30 @@ class Scales(Transform):
 
     def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
         scale = torch.exp2(-which.to(torch.float32))
+        return views.with_scale(scale[:, None].expand(-1, len(draws.images)))
+
+
+@dataclass(frozen=True)
+class UniformScales(Transform):
+    """US-MM's scales (Wang et al., 2023): copy i of m is scaled by low + (high - low) i / (m - 1).
+
+    A single copy is scaled by `low`.
+
+    Raises:
+        ValueError: no copy, or not 0 <= low <= high <= 1.
+    """
+
+    copies: int = 5
+    low: float = 0.1
+    high: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_count("copies", self.copies)
+        check_number("high", self.high, low=0.0, high=1.0)
+        check_number("low", self.low, low=0.0, high=self.high)
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        scale = self.low + (self.high - self.low) / max(self.copies - 1, 1) * which.to(views.images.dtype)
         return views.with_scale(scale[:, None].expand(-1, len(draws.images)))
 
 

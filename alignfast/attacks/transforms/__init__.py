@@ -1,0 +1,15 @@
+"""Input transforms: what the model is shown instead of the images themselves."""
+
+from alignfast.attacks.transforms import blocks, linear, mixing, spectrum, transform
+from alignfast.attacks.transforms.blocks import *
+from alignfast.attacks.transforms.linear import *
+from alignfast.attacks.transforms.mixing import *
+from alignfast.attacks.transforms.spectrum import *
+from alignfast.attacks.transforms.transform import *
+
+__all__: list[str] = []
+__all__ += blocks.__all__
+__all__ += linear.__all__
+__all__ += mixing.__all__
+__all__ += spectrum.__all__
+__all__ += transform.__all__
