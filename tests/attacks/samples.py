@@ -49,7 +49,12 @@ class Halving(nn.Module):
 
 
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
-PARAMETERS: dict[str, dict[str, Any]] = {}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "emifgsm": {"num_sample": 3},
+    "gra": {"num_neighbor": 3},
+    "pgdl2": {"eps": 1.0, "alpha": 0.3},
+    "pgn": {"num_neighbor": 2},
+}
 # Presets whose source must be of a kind of its own; their own tests have one.
 PARTICULAR: set[str] = set()
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]

@@ -1,4 +1,4 @@
-"""Step rules: how the images move along the gradient."""
+"""What a step rule is, and those that `sign_step` carries out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignfast.checks import check_number
 from alignfast.draws import Draws
 from alignfast.ops import sign_step
 
-__all__ = ["L2Step", "SignStep", "StepRule"]
+__all__ = ["CornerStart", "L2Step", "SignStep", "StepRule"]
 
 
 class StepRule(Component):
@@ -70,6 +70,29 @@ class SignStep(StepRule):
             decay=self.momentum,
             norm=self.norm,
         )
+
+
+@dataclass(frozen=True)
+class CornerStart(SignStep):
+    """A sign step whose random start is r times random signs (R+FGSM, Tramer et al., ICLR 2018, section 3.4).
+
+    r is `radius`, or eps where that is less. momentum, nesterov: as in `SignStep`.
+
+    Raises:
+        ValueError: a negative momentum or radius.
+    """
+
+    radius: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("radius", self.radius, low=0.0)
+
+    def offset(self, images: Tensor, eps: float, draws: Draws) -> Tensor:
+        """To a corner of the cube of half-side r."""
+        radius = min(self.radius, eps)
+        signs: Tensor = draws.uniform(shape=tuple(images.shape[1:]), low=-1.0, high=1.0)[0].sign()
+        return radius * signs
 
 
 @dataclass(frozen=True)
