@@ -51,7 +51,9 @@ class Halving(nn.Module):
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "emifgsm": {"num_sample": 3},
+    "gifgsm": {"pre_epoch": 2},
     "gra": {"num_neighbor": 3},
+    "ifgssm": {"stairs": 7},
     "pgdl2": {"eps": 1.0, "alpha": 0.3},
     "pgn": {"num_neighbor": 2},
 }

@@ -5,21 +5,31 @@ Neighbours are draws of slot 30; what an estimator draws in pass p of a step has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from alignfast.attacks import (
+    AdaptiveTanhStep,
     Component,
     CornerStart,
     DecayingStep,
     EnhancedMomentum,
     Expectation,
+    GlobalMomentum,
     GradientRelevance,
+    L2Step,
+    PatchwiseStep,
     PenalizedNorm,
+    Position,
+    StaircaseStep,
+    StepRule,
     create,
 )
 from alignfast.attacks.presets import parameters_of
@@ -34,6 +44,7 @@ from tests.attacks.test_presets import (
     INDICES,
     LABELS,
     SEED,
+    SIDE,
     STEPS,
     Gradient,
     clip,
@@ -134,6 +145,82 @@ def pgdl2(images: Tensor, grad: Gradient, eps: float = 1.1, alpha: float = 0.3) 
     return adv
 
 
+def gifgsm(images: Tensor, grad: Gradient) -> Tensor:
+    adv, m = images, torch.zeros_like(images)
+    for _ in range(3):
+        m = DECAY * m + unit(grad(adv))
+        adv = clip(adv + 4 * ALPHA * m.sign(), images)
+    adv = images
+    for _ in range(STEPS):
+        m = DECAY * m + unit(grad(adv))
+        adv = clip(adv + ALPHA * m.sign(), images)
+    return adv
+
+
+def staircase(g: Tensor, stairs: int) -> Tensor:
+    """Element by element, of each channel on its own."""
+    result = torch.zeros_like(g)
+    for n, c in np.ndindex(*g.shape[:2]):
+        signs, size = g[n, c].sign().tolist(), g[n, c].abs().numpy()
+        edges = [np.quantile(size, (j + 1) / stairs, method="lower") for j in range(stairs)]
+        for y, x in np.ndindex(*size.shape):
+            j = next(j for j in range(stairs) if size[y, x] <= edges[j])
+            result[n, c, y, x] = signs[y][x] * (2 * j + 1) / stairs
+    return result
+
+
+def ifgssm(images: Tensor, grad: Gradient) -> Tensor:
+    adv = images
+    for _ in range(STEPS):
+        adv = clip(adv + ALPHA * staircase(grad(adv), 5), images)
+    return adv
+
+
+# Binary fractions, so that what cancels does so exactly.
+EXACT = {"eps": 1 / 16, "alpha": 1 / 64, "steps": STEPS, "amplification": 6.0}
+
+
+def patchwise(gradient: Gradient, images: Tensor, reach: int, factor: float, decay: float, feedback: bool) -> Tensor:
+    eps, stride, side = 1 / 16, 6 / 64, SIDE
+    adv, a, m = images, torch.zeros_like(images), torch.zeros_like(images)
+    for _ in range(STEPS):
+        g = gradient(adv)
+        m = decay * m + unit(g)
+        a = a + stride * m.sign()
+        cut = (a.abs() - eps).clamp(min=0) * a.sign()
+        wide, spread = torch.nn.functional.pad(cut, [reach] * 4), torch.zeros_like(cut)
+        for y in range(2 * reach + 1):
+            for x in range(2 * reach + 1):
+                if (y, x) != (reach, reach):
+                    spread += wide[..., y : y + side, x : x + side]
+        projected = factor * stride * spread.sign()
+        a = a + projected if feedback else a
+        adv = adv + stride * m.sign() + projected
+        adv = torch.maximum(torch.minimum(adv, images + eps), images - eps).clamp(0, 1)
+    return adv
+
+
+def pifgsmpp(images: Tensor, grad: Gradient) -> Tensor:
+    line = torch.tensor([math.exp(-4.5), 1.0, math.exp(-4.5)], dtype=torch.float64)
+    kernel = (torch.outer(line, line) / line.sum() ** 2)[None, None]
+
+    def smoothed(x: Tensor) -> Tensor:
+        g = grad(x)
+        return torch.nn.functional.conv2d(g.flatten(0, 1)[:, None], kernel, padding=1).reshape(g.shape)
+
+    return patchwise(smoothed, images, 1, 0.5, 0.0, feedback=False)
+
+
+def aifgtm(images: Tensor, grad: Gradient) -> Tensor:
+    adv, m, v = images, torch.zeros_like(images), torch.zeros_like(images)
+    weights = [(1 - 0.8 ** (t + 1)) / math.sqrt(1 - 0.95 ** (t + 1)) for t in range(STEPS)]
+    for t in range(STEPS):
+        g = grad(adv)
+        m, v = m + 1.4 * g, v + 1.7 * g**2
+        adv = clip(adv + EPS / sum(weights) * weights[t] * (1.2 * m / v**0.5).tanh(), images)
+    return adv
+
+
 EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     "PGN": (momentum(pgn), BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "gamma": 0.3}),
     "GRA": (gra, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "eta": 0.6}),
@@ -143,6 +230,15 @@ EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     "PGDL2": (pgdl2, {"eps": 1.1, "alpha": 0.3, "steps": STEPS}),
     # The model draws nothing, so that every draw is the same.
     "EOTPGD": (momentum(lambda x, step, grad: grad(x), noise(EPS, 0, 0)[0], 0.0), BASE | {"eot_iter": 3}),
+    "GIFGSM": (gifgsm, BASE | {"decay": DECAY, "pre_epoch": 3, "s": 4.0}),
+    "IFGSSM": (ifgssm, BASE | {"stairs": 5}),
+    "PIFGSM": (lambda x, g: patchwise(g, x, 2, 1.0, DECAY, feedback=True), EXACT | {"decay": DECAY, "kern_size": 5}),
+    "PIFGSMPP": (pifgsmpp, EXACT | {"project_factor": 0.5}),
+    "AIFGTM": (
+        aifgtm,
+        {"eps": EPS, "alpha": EPS / STEPS, "steps": STEPS}
+        | {"beta_1": 0.8, "beta_2": 0.95, "mu_1": 1.4, "mu_2": 1.7, "lam": 1.2},
+    ),
     "UPGD": (momentum(lambda x, step, grad: grad(x)), BASE | {"decay": DECAY}),
 }
 
@@ -169,6 +265,11 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
         ("EMIFGSM", "MIFGSM", {}),
         ("RFGSM", "BIM", {}),
         ("UPGD", "BIM", {}),
+        ("GIFGSM", "MIFGSM", {}),
+        ("IFGSSM", "BIM", {}),
+        ("PIFGSM", "PIFGSM", {"decay": 0.0}),
+        ("PIFGSM", "PIFGSM", {"kern_size": 3}),
+        ("PIFGSMPP", "PIFGSMPP", {"project_factor": 1.0}),
     ],
 )
 def test_the_equations_tell_attacks_apart(name: str, other: str, parameters: dict[str, Any]) -> None:
@@ -197,12 +298,17 @@ def test_every_draw_of_an_expectation_is_another(name: str) -> None:
 
 
 DEFAULTS = {
+    "aifgtm": {"alpha": 0.8 / 255, "beta_1": 0.9, "beta_2": 0.99, "mu_1": 1.5, "mu_2": 1.9, "lam": 1.3},
     "emifgsm": {"decay": 1.0, "num_sample": 11, "radius": 7.0},
     "eotpgd": {"eot_iter": 2, "random_start": True},
     "ffgsm": {"eps": 8 / 255, "alpha": 10 / 255},
+    "gifgsm": {"decay": 1.0, "pre_epoch": 5, "s": 10.0},
     "gra": {"decay": 1.0, "num_neighbor": 20, "beta": 3.5, "eta": 0.94},
     "pgdl2": {"eps": 1.0, "alpha": 0.2, "random_start": True},
     "pgn": {"decay": 1.0, "num_neighbor": 20, "beta": 3.0, "gamma": 0.5},
+    "ifgssm": {"decay": 0.0, "stairs": 64},
+    "pifgsm": {"alpha": 0.8 / 255, "decay": 0.0, "amplification": 10.0, "kern_size": 3},
+    "pifgsmpp": {"alpha": 0.8 / 255, "decay": 0.0, "amplification": 10.0, "project_factor": 0.8},
     "rfgsm": {"alpha": 2 / 255},
     "upgd": {"decay": 1.0, "eot_iter": 1, "random_start": False},
 }
@@ -211,7 +317,7 @@ DEFAULTS = {
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults_are_the_papers(name: str) -> None:
     given = parameters_of(name)
-    assert {key: given[key] for key in DEFAULTS[name]} == DEFAULTS[name]
+    assert {key: given[key] for key in DEFAULTS[name]} == pytest.approx(DEFAULTS[name])
 
 
 @pytest.mark.parametrize(
@@ -227,6 +333,19 @@ def test_defaults_are_the_papers(name: str) -> None:
         (lambda: EnhancedMomentum(radius=-7), "radius: got -7"),
         (lambda: DecayingStep(-1.0), "momentum: got -1.0"),
         (lambda: DecayingStep(eta=0.0), r"eta: got 0.0; allowed is a number in \(0, 1\]"),
+        (lambda: GlobalMomentum(steps=0), "steps: got 0"),
+        (lambda: GlobalMomentum(factor=-1.0), "factor: got -1.0"),
+        (lambda: StaircaseStep(stairs=0), "stairs: got 0"),
+        (lambda: PatchwiseStep(amplification=0.0), "amplification: got 0.0; allowed is a number greater than 0"),
+        (lambda: PatchwiseStep(factor=-0.1), "factor: got -0.1"),
+        (lambda: PatchwiseStep(size=4), "size: got 4; allowed is an odd whole number"),
+        (lambda: PatchwiseStep(size=1), "size: got 1; allowed is a whole number, at least 3"),
+        (lambda: PatchwiseStep(-1.0), "momentum: got -1.0"),
+        (lambda: AdaptiveTanhStep(beta_1=1.0), r"beta_1: got 1; allowed is a number in \[0, 1\)"),
+        (lambda: AdaptiveTanhStep(beta_2=-0.1), "beta_2: got -0.1"),
+        (lambda: AdaptiveTanhStep(mu_1=0.0), "mu_1: got 0.0"),
+        (lambda: AdaptiveTanhStep(mu_2=0.0), "mu_2: got 0.0"),
+        (lambda: AdaptiveTanhStep(lam=0.0), "lam: got 0.0"),
         (lambda: CornerStart(-1.0), "momentum: got -1.0"),
         (lambda: CornerStart(radius=-1.0), "radius: got -1.0"),
     ],
@@ -241,4 +360,72 @@ def test_as_many_passes_as_are_said(name: str) -> None:
     model = Halving()
     attack = build(name, model, steps=2) if name != "ffgsm" else build(name, model)
     attack(samples.photos(2), samples.labels_of(2))
-    assert sum(model.batches) == 2 * attack.steps * attack.passes
+    before = attack.step.steps if isinstance(attack.step, GlobalMomentum) else 0
+    assert sum(model.batches) == 2 * (before + attack.steps) * attack.passes
+
+
+def test_a_tie_around_an_element_spreads_nothing() -> None:
+    """In float32, where 0.3 - 0.1 - 0.2 is not 0 as it is summed."""
+    rule, images = PatchwiseStep(amplification=1.0), torch.full((1, 1, 3, 3), 0.5)
+    adv, memory = images.clone(), {"noise": torch.zeros(1, 1, 3, 3)}
+    memory["noise"][0, 0] = torch.tensor([[0.3, 0.0, 0.0], [-0.1, 0.0, 0.0], [0.0, 0.0, -0.2]])
+    position = Position(images, adv, adv, torch.tensor(0), 5, 0.0, 0.1, False)
+    rule.update(position, torch.zeros_like(images), memory)
+    assert memory["noise"][0, 0, 1, 1] == 0
+    assert memory["noise"][0, 0, 0, 1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["difgsm+gifgsm", "gifgsm+difgsm"])
+def test_the_global_momentum_is_of_the_whole_combination(name: str) -> None:
+    """Its steps show the model what the attack's do, under draws of another key."""
+    model, images = network(), photos()
+    grad, m = gradient_of(model, False), torch.zeros_like(images)
+    for steps, seed, alpha in ((2, SEED ^ 2**63, 3 * ALPHA), (STEPS, SEED, ALPHA)):
+        adv = images
+        for step in range(steps):
+            diverse = partial(diversity, step=step, rate=0.7, p=0.6, seed=seed)
+            m = DECAY * m + unit(through(diverse, grad, adv))
+            adv = clip(adv + alpha * m.sign(), images)
+    parameters = BASE | {"decay": DECAY, "resize_rate": 0.7, "diversity_prob": 0.6, "pre_epoch": 2, "s": 3.0}
+    torch.testing.assert_close(create(name, model, seed=SEED, **parameters)(images, LABELS, indices=INDICES), adv)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("nifgsm+gra", DecayingStep(1.0, nesterov=True)),
+        ("mifgsm+pgdl2", L2Step(1.0)),
+        ("pgdl2+bim", L2Step()),
+        ("bim+rfgsm", CornerStart(radius=2 / 255)),
+        ("gifgsm+nifgsm", GlobalMomentum(1.0, nesterov=True)),
+        ("sinifgsm+pifgsm", PatchwiseStep(1.0, nesterov=True)),
+        ("ifgssm+mifgsm", StaircaseStep(1.0)),
+        ("difgsm+aifgtm", AdaptiveTanhStep()),
+    ],
+)
+def test_step_rules_take_over_the_momentum_of_others(name: str, step: StepRule) -> None:
+    attack = create(name, Halving(), eps=0.1, alpha=2 / 255)
+    assert attack.step == step
+    adv = attack(samples.photos(2), samples.labels_of(2))
+    assert not adv.isnan().any()
+    assert not torch.equal(adv, samples.photos(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        (
+            "mifgsm+aifgtm",
+            {"alpha": 0.01},
+            r"attack: mifgsm has momentum, which the step AdaptiveTanhStep\(.*\) of aifgtm does not take; "
+            r"allowed with it are attacks without momentum \(decay=0\)",
+        ),
+        ("aifgtm+sinifgsm", {"alpha": 0.01}, "attack: sinifgsm has momentum"),
+        ("gifgsm+gra", {}, r"attack: gifgsm has step GlobalMomentum\(.*and gra has DecayingStep\(.*one step"),
+        ("pgn+gra", {}, "attack: pgn has estimator PenalizedNorm.*and gra has GradientRelevance.*one estimator"),
+        ("difgsm+pifgsm", {}, "attack: difgsm has alpha 0.0078.* and pifgsm has 0.0031.*; allowed is one alpha"),
+    ],
+)
+def test_what_does_not_combine_is_refused(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create(name, Halving(), **parameters)

@@ -84,11 +84,11 @@ def noise(radius: float, step: int, purpose: int, copies: int = 1, passed: int =
     ).double()
 
 
-def diversity(x: Tensor, step: int, rate: float, p: float, copy: int = 0) -> Tensor:
+def diversity(x: Tensor, step: int, rate: float, p: float, copy: int = 0, seed: int = SEED) -> Tensor:
     """Image by image: size, top, left and whether at all are draws 0 to 3 of the first component."""
 
     def draw(number: int) -> list[float]:
-        return philox_uniform(INDICES, torch.tensor([copy]), (), seed=SEED, step=step, purpose=8 + number)[0].tolist()
+        return philox_uniform(INDICES, torch.tensor([copy]), (), seed=seed, step=step, purpose=8 + number)[0].tolist()
 
     low, high = sorted((SIDE, int(SIDE * rate)))
     result = []

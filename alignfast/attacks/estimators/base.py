@@ -41,7 +41,7 @@ class Plain(Estimator):
 
 @dataclass(frozen=True)
 class Expectation(Estimator):
-    """EOT (Athalye et al., ICML 2018, section 2.2): the mean gradient at the point over `samples` draws.
+    """EOT (Athalye et al., ICML 2018): the mean gradient at the point over `samples` draws.
 
     Transforms and a source that change at random draw anew for each.
 

@@ -86,7 +86,7 @@ class PenalizedNorm(Estimator):
 
 @dataclass(frozen=True)
 class GradientRelevance(Estimator):
-    """GRA (Zhu et al., ICCV 2023, section 3.2): s g + (1 - s) h, with s the cosine between g and h.
+    """GRA (Zhu et al., ICCV 2023): s g + (1 - s) h, with s the cosine between g and h.
 
     g is the gradient at the point and h the mean gradient of `neighbors` points within `beta` eps of it.
 

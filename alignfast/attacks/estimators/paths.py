@@ -18,7 +18,7 @@ __all__ = ["EnhancedMomentum"]
 
 @dataclass(frozen=True)
 class EnhancedMomentum(Estimator):
-    """EMI (Wang et al., BMVC 2021, eq. 6 and 7): h_t = the mean gradient at x + c_i alpha h_{t-1} / mean|h_{t-1}|.
+    """EMI (Wang et al., BMVC 2021): h_t = the mean gradient at x + c_i alpha h_{t-1} / mean|h_{t-1}|.
 
     The factors c_i are `samples` equidistant numbers from -radius to radius ("linear" sampling); alpha is the step
     size, as in the authors' code.

@@ -19,20 +19,35 @@ from alignfast.attacks.estimators import (
     VarianceTuning,
 )
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
-from alignfast.attacks.steps import CornerStart, DecayingStep, L2Step, SignStep
+from alignfast.attacks.shaping import Smoothing
+from alignfast.attacks.steps import (
+    AdaptiveTanhStep,
+    CornerStart,
+    DecayingStep,
+    GlobalMomentum,
+    L2Step,
+    PatchwiseStep,
+    SignStep,
+    StaircaseStep,
+)
 
 __all__ = [
+    "AIFGTM",
     "BIM",
     "EMIFGSM",
     "EOTPGD",
     "FFGSM",
     "FGSM",
+    "GIFGSM",
     "GRA",
+    "IFGSSM",
     "MIFGSM",
     "NIFGSM",
     "PGD",
     "PGDL2",
     "PGN",
+    "PIFGSM",
+    "PIFGSMPP",
     "RFGSM",
     "UPGD",
     "VMIFGSM",
@@ -215,3 +230,77 @@ def UPGD(
     estimator = Expectation(eot_iter) if eot_iter != 1 else Plain()
     step = SignStep(decay)
     return build(source, eps, alpha, steps, estimator=estimator, step=step, random_start=random_start, **options)
+
+
+def GIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    pre_epoch: int = 5,
+    s: float = 10.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum that begins as after pre_epoch steps of s alpha (Wang et al., arXiv 2022)."""
+    return build(source, eps, alpha, steps, step=GlobalMomentum(decay, steps=pre_epoch, factor=s), **options)
+
+
+def IFGSSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    stairs: int = 64,
+    **options: Unpack[Options],
+) -> Attack:
+    """Steps in as many sizes as there are stairs, by the quantiles of the gradient (Gao et al., arXiv 2021)."""
+    return build(source, eps, alpha, steps, step=StaircaseStep(decay, stairs=stairs), **options)
+
+
+def PIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = EPS / STEPS,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    amplification: float = 10.0,
+    kern_size: int = 3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Amplified steps whose excess goes to the neighbourhood; alpha is eps / steps (Gao et al., ECCV 2020)."""
+    step = PatchwiseStep(decay, amplification=amplification, size=kern_size)
+    return build(source, eps, alpha, steps, step=step, **options)
+
+
+def PIFGSMPP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = EPS / STEPS,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    amplification: float = 10.0,
+    project_factor: float = 0.8,
+    **options: Unpack[Options],
+) -> Attack:
+    """PI-FGSM on the smoothed gradient with a smaller spread part, as in torchattacks (Gao et al., arXiv 2020)."""
+    step = PatchwiseStep(decay, amplification=amplification, factor=project_factor, feedback=False)
+    return build(source, eps, alpha, steps, shaping=[Smoothing("gaussian", 3, 3.0)], step=step, **options)
+
+
+def AIFGTM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = EPS / STEPS,
+    steps: int = STEPS,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    mu_1: float = 1.5,
+    mu_2: float = 1.9,
+    lam: float = 1.3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Adaptive moments, tanh instead of sign; alpha, eps / steps, is the mean step size (Zou et al., AAAI 2022)."""
+    step = AdaptiveTanhStep(beta_1, beta_2, mu_1, mu_2, lam)
+    return build(source, eps, alpha, steps, step=step, **options)
