@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from torch import Tensor
 
@@ -22,12 +23,15 @@ from alignfast.attacks import (
     DecayingStep,
     EnhancedMomentum,
     Expectation,
+    FrequencyMask,
     GlobalMomentum,
     GradientRelevance,
     L2Step,
     PatchwiseStep,
     PenalizedNorm,
     Position,
+    SignStep,
+    Smoothing,
     StaircaseStep,
     StepRule,
     create,
@@ -221,6 +225,14 @@ def aifgtm(images: Tensor, grad: Gradient) -> Tensor:
     return adv
 
 
+def lfifgsm(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    g = grad(x).numpy()
+    spectrum = scipy.fft.dctn(g, axes=(2, 3), norm="ortho")
+    # 0.4 of 12 frequencies, rounded up.
+    spectrum[:, :, 5:], spectrum[:, :, :, 5:] = 0, 0
+    return torch.from_numpy(scipy.fft.idctn(spectrum, axes=(2, 3), norm="ortho"))
+
+
 EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     "PGN": (momentum(pgn), BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "gamma": 0.3}),
     "GRA": (gra, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "eta": 0.6}),
@@ -239,6 +251,7 @@ EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
         {"eps": EPS, "alpha": EPS / STEPS, "steps": STEPS}
         | {"beta_1": 0.8, "beta_2": 0.95, "mu_1": 1.4, "mu_2": 1.7, "lam": 1.2},
     ),
+    "LFIFGSM": (momentum(lfifgsm), BASE | {"decay": DECAY, "kept": 0.4}),
     "UPGD": (momentum(lambda x, step, grad: grad(x)), BASE | {"decay": DECAY}),
 }
 
@@ -267,6 +280,7 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
         ("UPGD", "BIM", {}),
         ("GIFGSM", "MIFGSM", {}),
         ("IFGSSM", "BIM", {}),
+        ("LFIFGSM", "MIFGSM", {}),
         ("PIFGSM", "PIFGSM", {"decay": 0.0}),
         ("PIFGSM", "PIFGSM", {"kern_size": 3}),
         ("PIFGSMPP", "PIFGSMPP", {"project_factor": 1.0}),
@@ -304,6 +318,7 @@ DEFAULTS = {
     "ffgsm": {"eps": 8 / 255, "alpha": 10 / 255},
     "gifgsm": {"decay": 1.0, "pre_epoch": 5, "s": 10.0},
     "gra": {"decay": 1.0, "num_neighbor": 20, "beta": 3.5, "eta": 0.94},
+    "lfifgsm": {"decay": 0.0, "kept": 0.25},
     "pgdl2": {"eps": 1.0, "alpha": 0.2, "random_start": True},
     "pgn": {"decay": 1.0, "num_neighbor": 20, "beta": 3.0, "gamma": 0.5},
     "ifgssm": {"decay": 0.0, "stairs": 64},
@@ -346,6 +361,8 @@ def test_defaults_are_the_papers(name: str) -> None:
         (lambda: AdaptiveTanhStep(mu_1=0.0), "mu_1: got 0.0"),
         (lambda: AdaptiveTanhStep(mu_2=0.0), "mu_2: got 0.0"),
         (lambda: AdaptiveTanhStep(lam=0.0), "lam: got 0.0"),
+        (lambda: FrequencyMask(0.0), r"kept: got 0.0; allowed is a number in \(0, 1\]"),
+        (lambda: FrequencyMask(1.5), "kept: got 1.5"),
         (lambda: CornerStart(-1.0), "momentum: got -1.0"),
         (lambda: CornerStart(radius=-1.0), "radius: got -1.0"),
     ],
@@ -373,6 +390,25 @@ def test_a_tie_around_an_element_spreads_nothing() -> None:
     rule.update(position, torch.zeros_like(images), memory)
     assert memory["noise"][0, 0, 1, 1] == 0
     assert memory["noise"][0, 0, 0, 1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 6), (5, 2), (8, 7)])
+@pytest.mark.parametrize("kept", [0.01, 0.3, 0.5, 1.0])
+def test_a_frequency_mask_of_any_size(height: int, width: int, kept: float) -> None:
+    grad = torch.randn((2, 3, height, width), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    spectrum = scipy.fft.dctn(grad.numpy(), axes=(2, 3), norm="ortho")
+    spectrum[:, :, math.ceil(kept * height) :], spectrum[:, :, :, math.ceil(kept * width) :] = 0, 0
+    expected = torch.from_numpy(scipy.fft.idctn(spectrum, axes=(2, 3), norm="ortho"))
+    shaped = FrequencyMask(kept).shape(grad)
+    torch.testing.assert_close(shaped, expected, rtol=0, atol=1e-13)
+    assert torch.equal(FrequencyMask(kept).shape(grad[1:]), shaped[1:])
+    assert FrequencyMask(kept).shape(grad.float()).dtype == torch.float32
+
+
+def test_a_frequency_mask_and_smoothing_follow_each_other() -> None:
+    attack = create("lfifgsm+tifgsm+mifgsm", Halving(), kept=0.5, len_kernel=3)
+    assert attack.shaping == [FrequencyMask(0.5), Smoothing("gaussian", 3, 3.0)]
+    assert attack.step == SignStep(1.0)
 
 
 @pytest.mark.parametrize("name", ["difgsm+gifgsm", "gifgsm+difgsm"])

@@ -19,7 +19,7 @@ from alignfast.attacks.estimators import (
     VarianceTuning,
 )
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
-from alignfast.attacks.shaping import Smoothing
+from alignfast.attacks.shaping import FrequencyMask, Smoothing
 from alignfast.attacks.steps import (
     AdaptiveTanhStep,
     CornerStart,
@@ -41,6 +41,7 @@ __all__ = [
     "GIFGSM",
     "GRA",
     "IFGSSM",
+    "LFIFGSM",
     "MIFGSM",
     "NIFGSM",
     "PGD",
@@ -304,3 +305,16 @@ def AIFGTM(
     """Adaptive moments, tanh instead of sign; alpha, eps / steps, is the mean step size (Zou et al., AAAI 2022)."""
     step = AdaptiveTanhStep(beta_1, beta_2, mu_1, mu_2, lam)
     return build(source, eps, alpha, steps, step=step, **options)
+
+
+def LFIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    kept: float = 0.25,
+    **options: Unpack[Options],
+) -> Attack:
+    """BIM along the low frequencies of the gradient (Guo et al., UAI 2019; Sharma et al., IJCAI 2019)."""
+    return build(source, eps, alpha, steps, shaping=[FrequencyMask(kept)], step=SignStep(decay), **options)
