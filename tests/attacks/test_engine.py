@@ -24,7 +24,9 @@ from alignfast.draws import Draws
 from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Network, build, labels_of, made, photos
 
-RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "bsr", "dim", "sia", "ssm", "tifgsm"]
+RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
+RANDOM += ["bsr", "dim", "sia", "ssm"]
+RANDOM += ["eotpgd", "ffgsm", "gra", "pgdl2", "pgn", "rfgsm"]
 
 
 @pytest.mark.parametrize("name", [*GENERAL, "everything"])
@@ -175,7 +177,9 @@ def test_memory_layout_and_empty_batches(name: str) -> None:
     attack = build(name, Halving())
     images, labels = photos(2), labels_of(2)
     expected = attack(images, labels)
-    assert torch.equal(attack(images.to(memory_format=torch.channels_last), labels), expected)
+    interleaved = attack(images.to(memory_format=torch.channels_last), labels)
+    # A norm is summed in the order of memory, and no sign hides its last bit.
+    torch.testing.assert_close(interleaved, expected, rtol=0, atol=0 if attack.step.norm == "linf" else 1e-14)
     empty = attack(images[:0], labels[:0])
     assert empty.shape == (0, CHANNELS, SIDE, SIDE)
     assert empty.dtype == images.dtype

@@ -53,7 +53,10 @@ def test_replays_are_the_plain_attack(name: str, options: dict[str, Any], taping
         taped = replayed(images, labels, indices=indices)
         assert torch.equal(taped, expected)
         assert not torch.equal(taped, images)
-    assert len(taping.steps) == (2 if isinstance(replayed.estimator, VarianceTuning) else 1)
+    # What an estimator keeps serves no step after the last, which is therefore recorded on its own.
+    keeps = bool(taping.steps[0].args[1].estimator)
+    assert keeps or not isinstance(replayed.estimator, VarianceTuning)
+    assert len(taping.steps) == (2 if keeps else 1)
     assert len(taping.replays) == 4 * replayed.steps
 
 
