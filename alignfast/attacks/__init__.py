@@ -1,6 +1,6 @@
 """One attack loop, components that combine freely, and the field's attacks as presets over them."""
 
-from alignfast.attacks import estimators, objectives, presets, shaping, steps, transforms
+from alignfast.attacks import estimators, objectives, presets, shaping, starts, steps, transforms
 from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import *
@@ -9,6 +9,7 @@ from alignfast.attacks.objectives import *
 from alignfast.attacks.observe import Seen
 from alignfast.attacks.presets import *
 from alignfast.attacks.shaping import *
+from alignfast.attacks.starts import *
 from alignfast.attacks.steps import *
 from alignfast.attacks.transforms import *
 
@@ -17,5 +18,6 @@ __all__ += estimators.__all__
 __all__ += objectives.__all__
 __all__ += presets.__all__
 __all__ += shaping.__all__
+__all__ += starts.__all__
 __all__ += steps.__all__
 __all__ += transforms.__all__

@@ -15,7 +15,7 @@ from alignfast.attacks.objectives import Objective
 from alignfast.attacks.observe import Seen, observe
 from alignfast.attacks.transforms import Transform
 from alignfast.attacks.views import Views
-from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, SAMPLE_SLOT, SOURCE_SLOT, Draws
+from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, OBJECTIVE_SLOT, SAMPLE_SLOT, SOURCE_SLOT, Draws
 from alignfast.models import Classifier
 from alignfast.ops import Noise, diversify
 
@@ -148,6 +148,7 @@ class Look:
             views = transform.view(views, which // stride % transform.copies, draws.at(slot))
             stride *= transform.copies
         seen = observe(task.source, views.render, task.objective.layers, draws.at(SOURCE_SLOT))
+        seen = replace(seen, points=rows, draws=draws.at(OBJECTIVE_SLOT))
         return seen, task.objective.gain(seen, seen.rows(task.labels), task.kept)
 
     def _draws(self, copies: Tensor) -> Draws:

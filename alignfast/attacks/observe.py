@@ -21,11 +21,14 @@ class Seen:
     """One pass over B rows, row k N + n being view k of image n.
 
     heads: [M, B, classes], the sets of logits whose gains are averaged; one for a single model. features: what the
-    named layers gave, [B, ...].
+    named layers gave, [B, ...]. In a step also points: [B, C, H, W], what the rows are views of, and draws: of the
+    objective's own, for these copies and images.
     """
 
     heads: Tensor
     features: Mapping[str, Tensor]
+    points: Tensor | None = None
+    draws: Draws | None = None
 
     @property
     def logits(self) -> Tensor:

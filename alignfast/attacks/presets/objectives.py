@@ -5,4 +5,148 @@ Every preset takes eps and alpha in units of [0, 1] images, and the keywords of 
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from functools import partial
+from typing import Any, Literal, Unpack
+
+from torch import nn
+
+from alignfast.attacks.engine import Attack
+from alignfast.attacks.objectives import (
+    CrossEntropy,
+    Divergence,
+    Jittered,
+    Logit,
+    LogitMargin,
+    LogitRatio,
+    Margin,
+    PoincareTriplet,
+)
+from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, MakesObjective, Options, build
+from alignfast.attacks.shaping import Smoothing
+from alignfast.attacks.starts import NormalStart
+from alignfast.attacks.steps import SignStep
+from alignfast.attacks.transforms import InputDiversity
+from alignfast.checks import check_choice
+
+__all__ = ["CWPGD", "LOGIT", "POTRIP", "TPGD", "UPGD", "Jitter", "Logit_Margin"]
+
+# Of UPGD, by torchattacks' names.
+LOSSES: dict[str, MakesObjective] = {
+    "ce": CrossEntropy,
+    "margin": partial(Margin, kappa=0.0),
+    "dlr": LogitRatio,
+    "logit": Logit,
+    "logit_margin": LogitMargin,
+}
+
+
+def CWPGD(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    kappa: float = 50.0,
+    random_start: bool = True,
+    **options: Unpack[Options],
+) -> Attack:
+    """PGD on the margin of Carlini and Wagner (S&P 2017), with the confidence of Madry et al. (ICLR 2018)."""
+    objective = partial(Margin, kappa=kappa)
+    return build(source, eps, alpha, steps, objective=objective, random_start=random_start, **options)
+
+
+def TPGD(
+    source: nn.Module, eps: float = EPS, alpha: float = ALPHA, steps: int = STEPS, **options: Unpack[Options]
+) -> Attack:
+    """PGD away from the clean prediction, from normal noise (Zhang et al., ICML 2019). Labels have no part in it."""
+    return build(source, eps, alpha, steps, objective=Divergence, step=NormalStart(), random_start=True, **options)
+
+
+def UPGD(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    random_start: bool = False,
+    loss: Literal["ce", "margin", "dlr", "logit", "logit_margin"] = "ce",
+    decay: float = 1.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum PGD by the name of its objective, as in torchattacks."""
+    objective = LOSSES[check_choice("loss", loss, LOSSES)]
+    step = SignStep(decay)
+    return build(source, eps, alpha, steps, objective=objective, step=step, random_start=random_start, **options)
+
+
+def Jitter(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    scale: float = 10.0,
+    std: float = 0.1,
+    random_start: bool = True,
+    **options: Unpack[Options],
+) -> Attack:
+    """PGD that jitters the scaled prediction (Schwinn et al., 2021)."""
+    objective = partial(Jittered, scale=scale, std=std)
+    return build(source, eps, alpha, steps, objective=objective, random_start=random_start, **options)
+
+
+def LOGIT(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = 300,
+    decay: float = 1.0,
+    resize_rate: float = 1.1,
+    diversity_prob: float = 0.7,
+    kernel_size: int = 5,
+    **options: Unpack[Options],
+) -> Attack:
+    """TI-DI-MI on the target's logit (Zhao et al., NeurIPS 2021)."""
+    parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
+    return build(source, eps, alpha, steps, objective=Logit, **parts, **options)
+
+
+def Logit_Margin(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = 300,
+    decay: float = 1.0,
+    resize_rate: float = 1.1,
+    diversity_prob: float = 0.7,
+    kernel_size: int = 5,
+    **options: Unpack[Options],
+) -> Attack:
+    """TI-DI-MI on logits calibrated by their margin (Weng et al., TIFS 2023)."""
+    parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
+    return build(source, eps, alpha, steps, objective=LogitMargin, **parts, **options)
+
+
+def POTRIP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = 300,
+    decay: float = 1.0,
+    lamb: float = 0.01,
+    gamma: float = 0.007,
+    resize_rate: float = 1.1,
+    diversity_prob: float = 0.7,
+    kernel_size: int = 5,
+    **options: Unpack[Options],
+) -> Attack:
+    """TI-DI-MI on the Poincare distance and a triplet (Li et al., CVPR 2020). Needs `targeted`."""
+    parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
+    objective = partial(PoincareTriplet, lam=lamb, gamma=gamma)
+    return build(source, eps, alpha, steps, objective=objective, **parts, **options)
+
+
+def _diverse(decay: float, resize_rate: float, diversity_prob: float, kernel_size: int) -> dict[str, Any]:
+    """The components of TI-DI-MI."""
+    return {
+        "transforms": [InputDiversity(resize_rate, diversity_prob)],
+        "shaping": [Smoothing("gaussian", kernel_size)],
+        "step": SignStep(decay),
+    }
