@@ -14,12 +14,17 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.objectives import (
     CrossEntropy,
     Divergence,
+    FeatureImportance,
+    FeatureProjection,
     Jittered,
     Logit,
     LogitMargin,
     LogitRatio,
     Margin,
+    NeuronAttribution,
     PoincareTriplet,
+    RandomPatches,
+    middle_layer,
 )
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, MakesObjective, Options, build
 from alignfast.attacks.shaping import Smoothing
@@ -28,7 +33,7 @@ from alignfast.attacks.steps import SignStep
 from alignfast.attacks.transforms import InputDiversity
 from alignfast.checks import check_choice
 
-__all__ = ["CWPGD", "LOGIT", "POTRIP", "TPGD", "UPGD", "Jitter", "Logit_Margin"]
+__all__ = ["CWPGD", "FIA", "ILA", "LOGIT", "NAA", "POTRIP", "RPA", "TPGD", "UPGD", "Jitter", "Logit_Margin"]
 
 # Of UPGD, by torchattacks' names.
 LOSSES: dict[str, MakesObjective] = {
@@ -141,6 +146,67 @@ def POTRIP(
     parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
     objective = partial(PoincareTriplet, lam=lamb, gamma=gamma)
     return build(source, eps, alpha, steps, objective=objective, **parts, **options)
+
+
+def ILA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    layer: str | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum along what a first attack did to the features of `layer` (Huang et al., ICCV 2019)."""
+    objective = partial(FeatureProjection, layer or middle_layer(source))
+    return build(source, eps, alpha, steps, objective=objective, step=SignStep(decay), **options)
+
+
+def FIA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_ens: int = 30,
+    drop_rate: float = 0.3,
+    layer: str | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum against the important features of `layer` (Wang et al., ICCV 2021)."""
+    objective = partial(FeatureImportance, layer or middle_layer(source), copies=num_ens, drop=drop_rate)
+    return build(source, eps, alpha, steps, objective=objective, step=SignStep(decay), **options)
+
+
+def NAA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    N: int = 30,
+    layer: str | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum against what neurons of `layer` are attributed (Zhang et al., CVPR 2022)."""
+    objective = partial(NeuronAttribution, layer or middle_layer(source), copies=N)
+    return build(source, eps, alpha, steps, objective=objective, step=SignStep(decay), **options)
+
+
+def RPA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_ens: int = 30,
+    patch_prob: float = 0.7,
+    layer: str | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """FIA with random patches, each left out with a probability of 1 - patch_prob (Zhang et al., IJCAI 2022)."""
+    objective = partial(RandomPatches, layer or middle_layer(source), copies=num_ens, drop=1 - patch_prob)
+    return build(source, eps, alpha, steps, objective=objective, step=SignStep(decay), **options)
 
 
 def _diverse(decay: float, resize_rate: float, diversity_prob: float, kernel_size: int) -> dict[str, Any]:
