@@ -1,8 +1,9 @@
 """One attack loop, components that combine freely, and the field's attacks as presets over them."""
 
-from alignfast.attacks import estimators, objectives, presets, shaping, starts, steps, transforms
+from alignfast.attacks import ensemble_estimators, estimators, objectives, presets, shaping, starts, steps, transforms
 from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.engine import Attack
+from alignfast.attacks.ensemble_estimators import *
 from alignfast.attacks.estimators import *
 from alignfast.attacks.gradient import Gradient, Look
 from alignfast.attacks.objectives import *
@@ -14,6 +15,7 @@ from alignfast.attacks.steps import *
 from alignfast.attacks.transforms import *
 
 __all__ = ["Attack", "Component", "Gradient", "Look", "Memory", "Position", "Seen", "Start"]
+__all__ += ensemble_estimators.__all__
 __all__ += estimators.__all__
 __all__ += objectives.__all__
 __all__ += presets.__all__

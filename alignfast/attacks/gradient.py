@@ -12,7 +12,7 @@ from torch import Tensor
 from alignfast.attacks.chunks import Chunks
 from alignfast.attacks.component import Memory
 from alignfast.attacks.objectives import Objective
-from alignfast.attacks.observe import Seen, observe
+from alignfast.attacks.observe import Seen, check_layers, observe
 from alignfast.attacks.transforms import Transform
 from alignfast.attacks.views import Views
 from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, OBJECTIVE_SLOT, SAMPLE_SLOT, SOURCE_SLOT, Draws
@@ -22,7 +22,10 @@ from alignfast.ops import Noise, diversify
 
 @dataclass(frozen=True)
 class Task:
-    """What gradients are taken of, but for the points. draws: of the step, without copies."""
+    """What gradients are taken of, but for the points. draws: of the step, without copies.
+
+    parts: how many such sources the attack's own is made of, as far as memory is concerned.
+    """
 
     source: Classifier
     objective: Objective
@@ -31,6 +34,7 @@ class Task:
     transforms: Sequence[Transform]
     draws: Draws
     chunks: Chunks
+    parts: int = 1
 
     @property
     def views(self) -> int:
@@ -78,8 +82,19 @@ class Gradient:
 
     @property
     def members(self) -> list[Gradient]:
-        """The same for each model that the source is made of, alone."""
-        return [Gradient(replace(self._task, source=member)) for member in self._task.source.members]
+        """The same for each model that the source is made of, alone, each with draws from the first pass on."""
+        members = self.source.members
+        for member in members:
+            check_layers(member, self._task.objective.layers)
+        return [Gradient(replace(self._task, source=member, parts=len(members))) for member in members]
+
+    @property
+    def source(self) -> Classifier:
+        return self._task.source
+
+    def through(self, source: Classifier) -> Gradient:
+        """The same for another source, with draws from the first pass on."""
+        return Gradient(replace(self._task, source=source))
 
 
 class Look:
@@ -131,7 +146,7 @@ class Look:
     def _gradients(self, rows: Tensor, which: Tensor, draws: Draws) -> Tensor:
         """[R, C, H, W]: the gradient of every row, `which` saying the number of its view."""
         leaf = rows.detach().requires_grad_()
-        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf):
+        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf, self._task.parts):
             seen, gain = self._seen(leaf, which, draws)
             # A sum over images, not a mean: an image's gradient must not depend on how many others there are.
             (grad,) = torch.autograd.grad(gain.sum() / len(seen.heads), leaf)
