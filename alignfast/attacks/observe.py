@@ -45,6 +45,9 @@ def observe(source: Classifier, render: Render, layers: Sequence[str] = (), draw
     """One forward pass over the batch that `render` builds."""
     with _keeping(source.module, layers) as features:
         heads = source.heads(render, draws)
+    for layer in layers:
+        if layer not in features:
+            raise ValueError(f"layers: {layer!r} has no part in a pass through the model; allowed are layers that have")
     return Seen(heads, features)
 
 

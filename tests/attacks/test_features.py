@@ -12,7 +12,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from alignfast.attacks import Attack, FeatureImportance, NeuronAttribution, RandomPatches, create, middle_layer
+from alignfast.attacks import (
+    Attack,
+    FeatureDistance,
+    FeatureImportance,
+    NeuronAttribution,
+    RandomPatches,
+    create,
+    middle_layer,
+)
 from alignfast.models import Classifier, Ensemble
 from alignfast.ops import philox_uniform
 from tests.attacks import samples
@@ -118,6 +126,48 @@ def follow(images: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
     return adv
 
 
+def tap(model: Classifier, images: Tensor, targeted: bool) -> Tensor:
+    """Over the convolution and its activation, image by image and pixel by pixel of the box."""
+    result = []
+    for n, image in enumerate(images):
+        adv = image[None]
+        for _ in range(STEPS):
+            leaf = adv.clone().requires_grad_()
+            z = model(leaf)[0]
+            gain = (torch.logsumexp(z, 0) - z[LABELS[n]]) * (-1 if targeted else 1)
+            after, before = features(model, leaf), features(model, image[None])
+            for f, g in ((after, before), (torch.atanh(after), torch.atanh(before))):
+                root_f, root_g = (v.sign() * v.abs() ** 0.4 for v in (f, g))
+                gain = gain + 0.3 * (root_f - root_g).square().sum()
+            moved = nn.functional.pad(leaf - image, (2, 2, 2, 2))[0]
+            sums = [moved[:, i : i + 5, j : j + 5].sum((1, 2)).abs().sum() for i in range(SIDE) for j in range(SIDE)]
+            gain = gain + 0.2 * sum(sums) / 25
+            adv = clip(adv + ALPHA * torch.autograd.grad(gain, leaf)[0].sign(), image)
+        result.append(adv)
+    return torch.cat(result)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_tap(targeted: bool) -> None:
+    model, images = network(), photos()
+    given = {"lam": 0.3, "alpha_tap": 0.4, "yita": 0.2, "s": 5, "layers": ["0", "1"], "targeted": targeted}
+    found = create("tap", model, eps=EPS, alpha=ALPHA, steps=STEPS, **given)(images, LABELS)
+    torch.testing.assert_close(found, tap(model, images, targeted), rtol=0, atol=1e-9)
+    bare = create("tap", model, eps=EPS, alpha=ALPHA, steps=STEPS, targeted=targeted, lam=0.0, yita=0.0)
+    plain = create("bim", model, eps=EPS, alpha=ALPHA, steps=STEPS, targeted=targeted)(images, LABELS)
+    assert torch.equal(bare(images, LABELS), plain)
+    assert not torch.equal(found, plain)
+
+
+def test_features_of_zero_have_no_slope() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 4)).double()
+    model[0].bias.data.fill_(-0.5)
+    model[0].weight.data.abs_()
+    adv = create("tap", model, layers=["1"], lam=1.0)(photos(), LABELS)
+    assert not adv.isnan().any()
+    assert not torch.equal(adv, photos())
+
+
 WEIGHTS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "ila": (ila, {}),
     "fia": (fia, {"num_ens": COPIES, "drop_rate": 0.4}),
@@ -177,8 +227,16 @@ def test_the_middle_of_common_models(case: str) -> None:
     [nn.Flatten(), nn.Linear(2, 2), nn.Sequential(nn.Flatten(), nn.Linear(2, 2)), Ensemble([samples.Network()])],
 )
 def test_a_source_without_a_middle_needs_a_layer(source: nn.Module) -> None:
-    with pytest.raises(ValueError, match="layer: got None for a source without a layer in its middle"):
+    with pytest.raises(ValueError, match="layer: got None for a source without layers"):
         create("fia", source)
+
+
+class Aside(samples.Network):
+    """With a head for training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +244,7 @@ def test_a_source_without_a_middle_needs_a_layer(source: nn.Module) -> None:
     [
         (samples.Network(), "layer.0", r"layers: got 'layer.0' \(did you mean 'layers.0'\?\)"),
         (Ensemble([samples.Network()]), "layers.0", "layers: got 'layers.0'"),
+        (Aside(), "aside", "layers: 'aside' has no part in a pass"),
         (Ensemble([samples.Network()], "losses"), "0.module.layers.0", "source: got an Ensemble that combines losses"),
     ],
 )
@@ -216,6 +275,11 @@ def test_a_member_of_an_ensemble_has_layers(name: str, combine: Any) -> None:
         (lambda: FeatureImportance("0", drop=1.5), r"drop: got 1\.5"),
         (lambda: RandomPatches("0", drop=-0.5), r"drop: got -0\.5"),
         (lambda: NeuronAttribution("0", copies=0), "copies: got 0"),
+        (lambda: FeatureDistance(()), "names: got none"),
+        (lambda: FeatureDistance(("0",), lam=-1.0), r"lam: got -1\.0"),
+        (lambda: FeatureDistance(("0",), power=0.0), r"power: got 0\.0"),
+        (lambda: FeatureDistance(("0",), eta=-1.0), r"eta: got -1\.0"),
+        (lambda: FeatureDistance(("0",), size=2), "size: got 2; allowed is an odd"),
         (lambda: create("ila", lambda x: x), "model: got function"),
     ],
 )
@@ -240,10 +304,14 @@ PARTICULAR = {
 }
 
 
+PARTICULAR["tap"] = {key: value for key, value in SMALL.items() if key != "layer"} | {"layers": ["coupled"]}
+
+
 @pytest.mark.parametrize("name", PARTICULAR)
 def test_what_holds_for_every_attack(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def on(model: nn.Module, **options: Any) -> Attack:
-        return create(name, model, **(PARTICULAR[name] | {"layer": "layers.2"}), **options)
+        layer = {"layers": ["layers.0", "layers.2"]} if name == "tap" else {"layer": "layers.2"}
+        return create(name, model, **(PARTICULAR[name] | layer), **options)
 
     halving, network = partial(create, name, samples.Halving(), **PARTICULAR[name]), samples.Network()
     assert_independent(halving)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from alignfast.attacks.component import Memory, Start
 from alignfast.attacks.objectives.base import Objective
@@ -19,12 +20,14 @@ from alignfast.draws import SOURCE_SLOT, Draws
 from alignfast.models import Classifier, Ensemble, as_classifier
 
 __all__ = [
+    "FeatureDistance",
     "FeatureImportance",
     "FeatureProjection",
     "NeuronAttribution",
     "RandomPatches",
     "WeightedFeatures",
     "middle_layer",
+    "stages",
 ]
 
 # Of RPA's patches, from copy to copy; 1 is a pixel of a channel.
@@ -52,8 +55,7 @@ class WeightedFeatures(Objective):
 
     def check(self, source: Classifier, images: Tensor) -> None:
         super().check(source, images)
-        if isinstance(source, Ensemble) and source.combine == "losses":
-            raise ValueError("source: got an Ensemble that combines losses; allowed are logits or probabilities here")
+        _refuse_losses(source)
 
     def memory(self, start: Start) -> Memory:
         return {"weights": self.weights(start)}
@@ -72,12 +74,9 @@ class FeatureProjection(WeightedFeatures):
     def weights(self, start: Start) -> Tensor:
         assert start.guide is not None
         guide = start.guide(CrossEntropy(self.targeted))
-        return self._features(start, guide) - self._features(start, start.images)
-
-    @torch.no_grad()
-    def _features(self, start: Start, images: Tensor) -> Tensor:
-        draws = start.draws.at(SOURCE_SLOT)
-        return observe(start.source, Views(images).render, self.layers, draws).features[self.layer]
+        return (
+            _features(start, guide, self.layers)[self.layer] - _features(start, start.images, self.layers)[self.layer]
+        )
 
 
 @dataclass(frozen=True)
@@ -154,15 +153,76 @@ class NeuronAttribution(WeightedFeatures):
         return images * ((number + 1) / self.copies)
 
 
-def middle_layer(source: nn.Module) -> str:
-    """The name of a layer in the middle of the source.
+@dataclass(frozen=True)
+class FeatureDistance(Objective):
+    """TAP (Zhou et al., ECCV 2018, eq. 1 to 5): J + lam sum_d ||T(f_d(adv)) - T(f_d(x))||^2 + eta sum |box(adv - x)|.
 
-    Of the children of its module that hold parameters, without the last one, the head: the middle one; the middle one
-    of that child's own where it holds more than half of what they hold, as do `features` or `blocks`, and so on. A
-    module with one child is taken for that child. Of a torchvision ResNet it is layer2.
+    J is the cross-entropy, T(f) = sign(f) |f|^power, d goes over several layers, and box is a mean over `size` x `size`
+    pixels around each, with zeros beyond the edge (TransferAttack: of disjoint squares), that makes perturbations
+    smooth. Targeted, J is less the cross-entropy of the target, and all else the same.
+    names: of the layers. lam, eta: at least 0. power: in (0, 1]. size: odd.
 
     Raises:
-        ValueError: an ensemble, which has no middle, or a module without such children.
+        ValueError: no layer, or a number outside its range.
+    """
+
+    names: tuple[str, ...]
+    targeted: bool = False
+    lam: float = 0.005
+    power: float = 0.5
+    eta: float = 0.01
+    size: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("names: got none; allowed is at least one layer")
+        check_number("lam", self.lam, low=0.0)
+        check_number("power", self.power, low=0.0, high=1.0, open_low=True)
+        check_number("eta", self.eta, low=0.0)
+        if check_count("size", self.size) % 2 == 0:
+            raise ValueError(f"size: got {self.size}; allowed is an odd whole number")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.names
+
+    def check(self, source: Classifier, images: Tensor) -> None:
+        super().check(source, images)
+        _refuse_losses(source)
+
+    def memory(self, start: Start) -> Memory:
+        clean = _features(start, start.images, self.names)
+        return {"images": start.images.clone()} | {_clean(name): self._tempered(clean[name]) for name in self.names}
+
+    def gain(self, seen: Seen, labels: Tensor, memory: Memory) -> Tensor:
+        assert seen.points is not None
+        gain = CrossEntropy(self.targeted).gain(seen, labels, memory)
+        for name in self.names:
+            apart = self._tempered(seen.features[name]) - seen.rows(memory[_clean(name)])
+            gain = gain + self.lam * apart.square().flatten(1).sum(1)
+        moved = avg_pool2d(seen.points - seen.rows(memory["images"]), self.size, 1, self.size // 2)
+        return gain + self.eta * moved.abs().flatten(1).sum(1)
+
+    def _tempered(self, features: Tensor) -> Tensor:
+        # A root has no slope at 0, where the sign is 0.
+        return features.sign() * (features.abs() + TINY) ** self.power
+
+
+def middle_layer(source: nn.Module) -> str:
+    """The name of the middle one of the source's `stages`; of a torchvision ResNet, layer2."""
+    names = stages(source)
+    return names[len(names) // 2]
+
+
+def stages(source: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that the source is a chain of.
+
+    They are the children of its module that hold parameters, without the last one, the head. Where the middle one of
+    them holds more than half of what they hold, as do `features` or `blocks`, they are its children, and so on. A
+    module with one child is taken for that child.
+
+    Raises:
+        ValueError: an ensemble, which has no such chain, or a module without such children.
     """
     model = as_classifier(source)
     blocks = [] if isinstance(model, Ensemble) else _blocks("", model.module)
@@ -173,11 +233,11 @@ def middle_layer(source: nn.Module) -> str:
         name, middle = blocks[len(blocks) // 2]
         inner = _blocks(name, middle)
         if not inner or 2 * _size(middle) <= sum(_size(block) for _, block in blocks):
-            return name
+            return tuple(name for name, _ in blocks)
         blocks = inner
     raise ValueError(
-        "layer: got None for a source without a layer in its middle; allowed is the name of one of its modules, "
-        "as in named_modules"
+        "layer: got None for a source without layers that could be told from its children; allowed are names of its "
+        "modules, as in named_modules"
     )
 
 
@@ -188,6 +248,20 @@ def _blocks(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _refuse_losses(source: Classifier) -> None:
+    if isinstance(source, Ensemble) and source.combine == "losses":
+        raise ValueError("source: got an Ensemble that combines losses; allowed are logits or probabilities here")
+
+
+def _clean(name: str) -> str:
+    return f"clean {name}"
+
+
+@torch.no_grad()
+def _features(start: Start, images: Tensor, layers: tuple[str, ...]) -> Mapping[str, Tensor]:
+    return observe(start.source, Views(images).render, layers, start.draws.at(SOURCE_SLOT)).features
 
 
 def _label_logit(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Every preset takes eps and alpha in units of [0, 1] images, and the keywords of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Unpack
 
@@ -14,6 +15,7 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.objectives import (
     CrossEntropy,
     Divergence,
+    FeatureDistance,
     FeatureImportance,
     FeatureProjection,
     Jittered,
@@ -25,6 +27,7 @@ from alignfast.attacks.objectives import (
     PoincareTriplet,
     RandomPatches,
     middle_layer,
+    stages,
 )
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, MakesObjective, Options, build
 from alignfast.attacks.shaping import Smoothing
@@ -33,7 +36,7 @@ from alignfast.attacks.steps import SignStep
 from alignfast.attacks.transforms import InputDiversity
 from alignfast.checks import check_choice
 
-__all__ = ["CWPGD", "FIA", "ILA", "LOGIT", "NAA", "POTRIP", "RPA", "TPGD", "UPGD", "Jitter", "Logit_Margin"]
+__all__ = ["CWPGD", "FIA", "ILA", "LOGIT", "NAA", "POTRIP", "RPA", "TAP", "TPGD", "UPGD", "Jitter", "Logit_Margin"]
 
 # Of UPGD, by torchattacks' names.
 LOSSES: dict[str, MakesObjective] = {
@@ -207,6 +210,24 @@ def RPA(
     """FIA with random patches, each left out with a probability of 1 - patch_prob (Zhang et al., IJCAI 2022)."""
     objective = partial(RandomPatches, layer or middle_layer(source), copies=num_ens, drop=1 - patch_prob)
     return build(source, eps, alpha, steps, objective=objective, step=SignStep(decay), **options)
+
+
+def TAP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    lam: float = 0.005,
+    alpha_tap: float = 0.5,
+    yita: float = 0.01,
+    s: int = 3,
+    layers: Sequence[str] | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """BIM away from the clean features of `layers`, smoothly (Zhou et al., ECCV 2018)."""
+    names = tuple(stages(source) if layers is None else layers)
+    objective = partial(FeatureDistance, names, lam=lam, power=alpha_tap, eta=yita, size=s)
+    return build(source, eps, alpha, steps, objective=objective, **options)
 
 
 def _diverse(decay: float, resize_rate: float, diversity_prob: float, kernel_size: int) -> dict[str, Any]:
