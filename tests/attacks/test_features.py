@@ -19,8 +19,8 @@ from alignfast.attacks import (
     NeuronAttribution,
     RandomPatches,
     create,
-    middle_layer,
 )
+from alignfast.attacks.objectives.features import middle_layer, stages
 from alignfast.models import Classifier, Ensemble
 from alignfast.ops import philox_uniform
 from tests.attacks import samples
@@ -220,6 +220,7 @@ def test_the_middle_of_common_models(case: str) -> None:
         source = Classifier(make())
     assert middle_layer(source) == layer
     assert middle_layer(source.module) == layer
+    assert set(stages(source)) < {name for name, _ in source.module.named_modules()}
 
 
 @pytest.mark.parametrize(

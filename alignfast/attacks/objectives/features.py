@@ -26,8 +26,6 @@ __all__ = [
     "NeuronAttribution",
     "RandomPatches",
     "WeightedFeatures",
-    "middle_layer",
-    "stages",
 ]
 
 # Of RPA's patches, from copy to copy; 1 is a pixel of a channel.
@@ -74,9 +72,8 @@ class FeatureProjection(WeightedFeatures):
     def weights(self, start: Start) -> Tensor:
         assert start.guide is not None
         guide = start.guide(CrossEntropy(self.targeted))
-        return (
-            _features(start, guide, self.layers)[self.layer] - _features(start, start.images, self.layers)[self.layer]
-        )
+        led, clean = (_features(start, images, self.layers)[self.layer] for images in (guide, start.images))
+        return led - clean
 
 
 @dataclass(frozen=True)

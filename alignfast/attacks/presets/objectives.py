@@ -26,9 +26,8 @@ from alignfast.attacks.objectives import (
     NeuronAttribution,
     PoincareTriplet,
     RandomPatches,
-    middle_layer,
-    stages,
 )
+from alignfast.attacks.objectives.features import middle_layer, stages
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, MakesObjective, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.starts import NormalStart
