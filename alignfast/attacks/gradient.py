@@ -12,10 +12,10 @@ from torch import Tensor
 from alignfast.attacks.chunks import Chunks
 from alignfast.attacks.component import Memory
 from alignfast.attacks.objectives import Objective
-from alignfast.attacks.observe import Seen, observe
+from alignfast.attacks.observe import Seen, check_layers, observe
 from alignfast.attacks.transforms import Transform
 from alignfast.attacks.views import Views
-from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, SAMPLE_SLOT, SOURCE_SLOT, Draws
+from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, OBJECTIVE_SLOT, SAMPLE_SLOT, SOURCE_SLOT, Draws
 from alignfast.models import Classifier
 from alignfast.ops import Noise, diversify
 
@@ -25,7 +25,10 @@ LEAST_PULL = 1e-35
 
 @dataclass(frozen=True)
 class Task:
-    """What gradients are taken of, but for the points. draws: of the step, without copies."""
+    """What gradients are taken of, but for the points. draws: of the step, without copies.
+
+    parts: how many such sources the attack's own is made of, as far as memory is concerned.
+    """
 
     source: Classifier
     objective: Objective
@@ -34,6 +37,7 @@ class Task:
     transforms: Sequence[Transform]
     draws: Draws
     chunks: Chunks
+    parts: int = 1
 
     @property
     def views(self) -> int:
@@ -81,8 +85,19 @@ class Gradient:
 
     @property
     def members(self) -> list[Gradient]:
-        """The same for each model that the source is made of, alone."""
-        return [Gradient(replace(self._task, source=member)) for member in self._task.source.members]
+        """The same for each model that the source is made of, alone, each with draws from the first pass on."""
+        members = self.source.members
+        for member in members:
+            check_layers(member, self._task.objective.layers)
+        return [Gradient(replace(self._task, source=member, parts=len(members))) for member in members]
+
+    @property
+    def source(self) -> Classifier:
+        return self._task.source
+
+    def through(self, source: Classifier) -> Gradient:
+        """The same for another source, with draws from the first pass on."""
+        return Gradient(replace(self._task, source=source))
 
 
 class Look:
@@ -134,7 +149,7 @@ class Look:
     def _gradients(self, rows: Tensor, which: Tensor, draws: Draws) -> Tensor:
         """[R, C, H, W]: the gradient of every row, `which` saying the number of its view."""
         leaf = rows.detach().requires_grad_()
-        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf):
+        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf, self._task.parts):
             seen = self._seen(leaf, which, draws)
             if computes_in_half(self._task.source):
                 return self._scaled(seen, leaf)
@@ -145,9 +160,10 @@ class Look:
     def _scaled(self, seen: Seen, leaf: Tensor) -> Tensor:
         """The gradient through a model in float16, where each row's, as it enters the model, has a largest element of
         about 1, so that it does not vanish on its way."""
-        shown = [seen.heads, *seen.features.values()]
+        shown = [seen.heads, *seen.features.values(), leaf]
         ends = [tensor.detach().requires_grad_() for tensor in shown]
-        probe = Seen(ends[0], dict(zip(seen.features, ends[1:], strict=True)))
+        features = dict(zip(seen.features, ends[1:-1], strict=True))
+        probe = replace(seen, heads=ends[0], features=features, points=ends[-1])
         gain = self._gain_of(probe).sum() / len(seen.heads)
         pulls = torch.autograd.grad(gain, ends, materialize_grads=True)
         # [B]; the heads of a row are the second dimension there.
@@ -171,7 +187,8 @@ class Look:
         for slot, transform in enumerate(task.transforms, FIRST_SLOT):
             views = transform.view(views, which // stride % transform.copies, draws.at(slot))
             stride *= transform.copies
-        return observe(task.source, views.render, task.objective.layers, draws.at(SOURCE_SLOT))
+        seen = observe(task.source, views.render, task.objective.layers, draws.at(SOURCE_SLOT))
+        return replace(seen, points=rows, draws=draws.at(OBJECTIVE_SLOT))
 
     def _draws(self, copies: Tensor) -> Draws:
         if self.passes >= MOST_PASSES:

@@ -24,11 +24,14 @@ class Seen:
     """One pass over B rows, row k N + n being view k of image n.
 
     heads: [M, B, classes], the sets of logits whose gains are averaged; one for a single model. features: what the
-    named layers gave, [B, ...], in float32 where that was in half precision.
+    named layers gave, [B, ...], in float32 where that was in half precision. In a step also points: [B, C, H, W], what
+    the rows are views of, and draws: of the objective's own, for these copies and images.
     """
 
     heads: Tensor
     features: Mapping[str, Tensor]
+    points: Tensor | None = None
+    draws: Draws | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -45,6 +48,9 @@ def observe(source: Classifier, render: Render, layers: Sequence[str] = (), draw
     """One forward pass over the batch that `render` builds."""
     with _keeping(source.module, layers) as features:
         heads = source.heads(render, draws)
+    for layer in layers:
+        if layer not in features:
+            raise ValueError(f"layers: {layer!r} has no part in a pass through the model; allowed are layers that have")
     return Seen(heads, features)
 
 

@@ -27,6 +27,7 @@ from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Net
 RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
 RANDOM += ["bsr", "dim", "sia", "ssm"]
 RANDOM += ["eotpgd", "ffgsm", "gra", "pgdl2", "pgn", "rfgsm"]
+RANDOM += ["cwpgd"]
 
 
 @pytest.mark.parametrize("name", [*GENERAL, "everything"])
@@ -362,8 +363,8 @@ def test_every_preset_checks_eps_and_source(name: str) -> None:
 
 def test_too_many_transforms_or_copies_are_refused() -> None:
     module = Counting()
-    with pytest.raises(ValueError, match="transforms: got 30; allowed are at most 29"):
-        Attack(module, 0.1, 0.1, 1, transforms=[Scales(1)] * 30)
+    with pytest.raises(ValueError, match="transforms: got 29; allowed are at most 28"):
+        Attack(module, 0.1, 0.1, 1, transforms=[Scales(1)] * 29)
     with pytest.raises(ValueError, match="transforms: 131072 copies an image; allowed are at most 65536"):
         Attack(module, 0.1, 0.1, 1, transforms=[Neighbors(2**8, 0.1), Neighbors(2**9, 0.1)])
     half = [Neighbors(2**8, 0.1), Neighbors(2**7, 0.1)]
@@ -374,7 +375,7 @@ def test_too_many_transforms_or_copies_are_refused() -> None:
 
 def test_as_many_transforms_as_are_allowed() -> None:
     """The last of them still has draws of its own, also behind the neighbours of variance tuning."""
-    chain = [Neighbors(1, 0.01)] * 29
+    chain = [Neighbors(1, 0.01)] * 28
     attack = Attack(Halving(), 0.1, 0.05, 2, transforms=chain, estimator=VarianceTuning(2, 1.5))
     assert attack(photos(2), labels_of(2)).shape == (2, CHANNELS, SIDE, SIDE)
 

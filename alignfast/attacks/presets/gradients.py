@@ -15,7 +15,6 @@ from alignfast.attacks.estimators import (
     Expectation,
     GradientRelevance,
     PenalizedNorm,
-    Plain,
     VarianceTuning,
 )
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
@@ -50,7 +49,6 @@ __all__ = [
     "PIFGSM",
     "PIFGSMPP",
     "RFGSM",
-    "UPGD",
     "VMIFGSM",
     "VNIFGSM",
 ]
@@ -215,22 +213,6 @@ def EOTPGD(
 ) -> Attack:
     """PGD on the mean gradient of eot_iter draws of a model or transform (Zimmermann, arXiv 2019)."""
     return build(source, eps, alpha, steps, estimator=Expectation(eot_iter), random_start=random_start, **options)
-
-
-def UPGD(
-    source: nn.Module,
-    eps: float = EPS,
-    alpha: float = ALPHA,
-    steps: int = STEPS,
-    random_start: bool = False,
-    decay: float = 1.0,
-    eot_iter: int = 1,
-    **options: Unpack[Options],
-) -> Attack:
-    """PGD with momentum and the mean of eot_iter draws, as torchattacks has it, on cross-entropy."""
-    estimator = Expectation(eot_iter) if eot_iter != 1 else Plain()
-    step = SignStep(decay)
-    return build(source, eps, alpha, steps, estimator=estimator, step=step, random_start=random_start, **options)
 
 
 def GIFGSM(
