@@ -17,6 +17,7 @@ from alignfast.attacks import PRESETS, Attack, create
 from alignfast.attacks.presets import parameters_of
 from alignfast.models import Classifier
 from alignfast.ops import philox_uniform
+from tests.attacks.samples import GENERAL
 
 SIDE, CLASSES, SEED = 12, 4, 2**40 + 17
 EPS, ALPHA, STEPS, DECAY = 0.09, 0.031, 5, 0.8
@@ -258,7 +259,7 @@ def test_defaults_are_torchattacks(name: str) -> None:
     assert {key: given[key] for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_defaults_that_are_listed_are_used(name: str) -> None:
     model, images = network(), photos(2)
     given = create(name, model, **parameters_of(name)).parameters()
@@ -267,7 +268,7 @@ def test_the_defaults_that_are_listed_are_used(name: str) -> None:
     assert torch.equal(PRESETS[name](model)(images, LABELS[:2]), create(name.upper(), model)(images, LABELS[:2]))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_images_stay_in_the_ball_and_the_unit_cube(name: str, data: st.DataObject) -> None:
@@ -313,7 +314,7 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("model", [Constant(4), nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 1))])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_a_zero_gradient_moves_nothing(name: str, model: nn.Module, dtype: torch.dtype) -> None:
     """A constant network, and one class: the cross-entropy is 0 whatever the image."""
     images, labels = photos().to(dtype), torch.zeros(3, dtype=torch.int64)
@@ -342,7 +343,7 @@ def test_one_image_of_zero_gradient_among_others() -> None:
     torch.testing.assert_close(adv[1], images[1] + 0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("difgsm", "tifgsm")])
+@pytest.mark.parametrize("name", [name for name in GENERAL if name not in ("difgsm", "tifgsm")])
 def test_single_pixel_images(name: str) -> None:
     weight = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     model = nn.Sequential(nn.Flatten(), linear(weight))
@@ -369,7 +370,7 @@ def test_preset_names_and_parameters_are_checked() -> None:
         create("fgsm", model, steps=3)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_a_preset_is_an_attack_on_its_source(name: str) -> None:
     model = network()
     attack = create(name, model, eps=0.1, seed=5, max_batch=7)
