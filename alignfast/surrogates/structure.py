@@ -8,10 +8,10 @@ from torch import nn
 
 # Names of the layers that lead around a residual branch.
 SKIPS = ("downsample", "shortcut", "skip", "convShortcut")
-KNOWN = (
-    "residual blocks and dense layers with conv1 and conv2 (ResNets and DenseNets of timm, torchvision and for CIFAR), "
-    "transformer blocks with norm1, attn, norm2 and mlp (timm), and torchvision's EncoderBlock"
+KNOWN_BLOCKS = (
+    "residual blocks and dense layers with conv1 and conv2 (ResNets and DenseNets of timm, torchvision and for CIFAR)"
 )
+KNOWN = f"{KNOWN_BLOCKS}, transformer blocks with norm1, attn, norm2 and mlp (timm), and torchvision's EncoderBlock"
 
 
 @dataclass(frozen=True)

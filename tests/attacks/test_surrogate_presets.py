@@ -22,9 +22,11 @@ EPS, ALPHA, STEPS = 0.1, 0.03, 3
 # A network that the preset knows, and numbers that fit it.
 SOURCES: dict[str, Callable[..., nn.Module]] = {
     "sgm": partial(net, "cifar"),
+    "linbp": partial(net, "cifar"),
+    "ghostnetwork": partial(net, "cifar"),
 }
-NUMBERS: dict[str, dict[str, Any]] = {}
-RANDOM: set[str] = set()
+NUMBERS: dict[str, dict[str, Any]] = {"ghostnetwork": {"ghost_random_range": 0.9}}
+RANDOM = {"ghostnetwork"}
 
 
 def attack(name: str, source: nn.Module | None = None, **options: Any) -> Attack:

@@ -12,10 +12,12 @@ from torch import nn
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.steps import SignStep
-from alignfast.surrogates import SkipGradient, surrogate
+from alignfast.surrogates import GhostSkips, LinearBackward, SkipGradient, surrogate
 
 __all__ = [
     "SGM",
+    "GhostNetwork",
+    "LinBP",
 ]
 
 
@@ -30,3 +32,30 @@ def SGM(
 ) -> Attack:
     """Gradients through residual branches times gamma (Wu et al., ICLR 2020)."""
     return build(surrogate(source, SkipGradient(gamma)), eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def LinBP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    linbp_layer: str | None = None,
+    **options: Unpack[Options],
+) -> Attack:
+    """ReLUs that are linear on the way back, from a layer on (Guo et al., NeurIPS 2020)."""
+    return build(surrogate(source, LinearBackward(linbp_layer)), eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def GhostNetwork(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    ghost_random_range: float = 0.22,
+    **options: Unpack[Options],
+) -> Attack:
+    """Skip connections scaled at random, anew in every pass (Li et al., AAAI 2020)."""
+    ghost = surrogate(source, GhostSkips(ghost_random_range))
+    return build(ghost, eps, alpha, steps, step=SignStep(decay), **options)
