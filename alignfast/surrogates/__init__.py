@@ -3,5 +3,15 @@
 from alignfast.surrogates.rectifiers import LinearBackward
 from alignfast.surrogates.residual import GhostSkips, SkipGradient
 from alignfast.surrogates.surrogate import Surgery, Surrogate, surrogate
+from alignfast.surrogates.transformers import NoAttention, TokenGradients
 
-__all__ = ["GhostSkips", "LinearBackward", "SkipGradient", "Surgery", "Surrogate", "surrogate"]
+__all__ = [
+    "GhostSkips",
+    "LinearBackward",
+    "NoAttention",
+    "SkipGradient",
+    "Surgery",
+    "Surrogate",
+    "TokenGradients",
+    "surrogate",
+]

@@ -24,9 +24,14 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "sgm": partial(net, "cifar"),
     "linbp": partial(net, "cifar"),
     "ghostnetwork": partial(net, "cifar"),
+    "tgr": partial(net, "vit"),
+    "pna_patchout": partial(net, "vit"),
 }
-NUMBERS: dict[str, dict[str, Any]] = {"ghostnetwork": {"ghost_random_range": 0.9}}
-RANDOM = {"ghostnetwork"}
+NUMBERS: dict[str, dict[str, Any]] = {
+    "ghostnetwork": {"ghost_random_range": 0.9},
+    "pna_patchout": {"crop_length": 4, "sample_num_patches": 2},
+}
+RANDOM = {"ghostnetwork", "pna_patchout"}
 
 
 def attack(name: str, source: nn.Module | None = None, **options: Any) -> Attack:

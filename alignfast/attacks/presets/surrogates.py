@@ -10,14 +10,17 @@ from typing import Unpack
 from torch import nn
 
 from alignfast.attacks.engine import Attack
+from alignfast.attacks.patchout import PatchOut
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.steps import SignStep
-from alignfast.surrogates import GhostSkips, LinearBackward, SkipGradient, surrogate
+from alignfast.surrogates import GhostSkips, LinearBackward, NoAttention, SkipGradient, TokenGradients, surrogate
 
 __all__ = [
     "SGM",
+    "TGR",
     "GhostNetwork",
     "LinBP",
+    "PNA_PatchOut",
 ]
 
 
@@ -59,3 +62,35 @@ def GhostNetwork(
     """Skip connections scaled at random, anew in every pass (Li et al., AAAI 2020)."""
     ghost = surrogate(source, GhostSkips(ghost_random_range))
     return build(ghost, eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def TGR(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    attn_gamma: float = 0.25,
+    qkv_gamma: float = 0.75,
+    mlp_gamma: float = 0.5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Transformers' gradients without their extreme tokens (Zhang et al., CVPR 2023)."""
+    regular = surrogate(source, TokenGradients(attn_gamma, qkv_gamma, mlp_gamma))
+    return build(regular, eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def PNA_PatchOut(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    crop_length: int = 16,
+    sample_num_patches: int = 130,
+    lamb: float = 0.1,
+    **options: Unpack[Options],
+) -> Attack:
+    """Transformers' gradients past attention, from some patches of the perturbation (Wei et al., AAAI 2022)."""
+    blind, estimator = surrogate(source, NoAttention()), PatchOut(crop_length, sample_num_patches, lamb)
+    return build(blind, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
