@@ -57,7 +57,7 @@ class PatchOut(Estimator):
             mask = self._mask(look, position.images)
             return mask * look.gradient(position.images + mask * perturbation)
 
-        norms = perturbation.flatten(1).norm(dim=1).clamp(min=torch.finfo(perturbation.dtype).tiny)
+        norms: Tensor = perturbation.flatten(1).norm(dim=1).clamp(min=torch.finfo(perturbation.dtype).tiny)
         return gradient.mean(1, shown) + self.weight * perturbation / norms[:, None, None, None]
 
     def _mask(self, look: Look, images: Tensor) -> Tensor:

@@ -47,14 +47,19 @@ class Surrogate(Classifier):
         self.num_classes, self.input_size = source.num_classes, source.input_size
         self.surgeries = surgeries
         # Not as a child, whose weights would be listed a second time.
-        self.__dict__["source"] = source
+        self.__dict__["_source"] = source
+
+    @property
+    def source(self) -> Classifier:
+        """The model without surgery."""
+        source: Classifier = self.__dict__["_source"]
+        return source
 
     def logits_of(self, render: Render, draws: Draws | None = None) -> Tensor:
-        source: Classifier = self.__dict__["source"]
         with ExitStack() as stack:
             for surgery in self.surgeries:
                 stack.enter_context(surgery.operating(self.module, draws))
-            return source.logits_of(render, draws)
+            return self.source.logits_of(render, draws)
 
 
 def surrogate(source: nn.Module, surgery: Surgery) -> Classifier:
@@ -79,7 +84,7 @@ def surrogate(source: nn.Module, surgery: Surgery) -> Classifier:
                 "that keeps what its backward pass needs"
             )
     surgery.check(source.module)
-    inner = source.__dict__["source"] if isinstance(source, Surrogate) else source
+    inner = source.source if isinstance(source, Surrogate) else source
     return Surrogate(inner, (*done, surgery))
 
 

@@ -16,7 +16,7 @@ from alignfast.models import Ensemble, as_classifier
 from tests.attacks.no_sync import NoSync
 from tests.attacks.samples import PARTICULAR
 from tests.attacks.tape import Taping
-from tests.surrogates.nets import CLASSES, net, photos
+from tests.surrogates.nets import CLASSES, collection, net, photos
 
 EPS, ALPHA, STEPS = 0.1, 0.03, 3
 # A network that the preset knows, and numbers that fit it.
@@ -26,12 +26,13 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "ghostnetwork": partial(net, "cifar"),
     "tgr": partial(net, "vit"),
     "pna_patchout": partial(net, "vit"),
+    "lgv": collection,
 }
 NUMBERS: dict[str, dict[str, Any]] = {
     "ghostnetwork": {"ghost_random_range": 0.9},
     "pna_patchout": {"crop_length": 4, "sample_num_patches": 2},
 }
-RANDOM = {"ghostnetwork", "pna_patchout"}
+RANDOM = {"ghostnetwork", "lgv", "pna_patchout"}
 
 
 def attack(name: str, source: nn.Module | None = None, **options: Any) -> Attack:
@@ -143,8 +144,10 @@ def test_hooks_are_gone_after_an_error(name: str) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_gradient_of_zero_gives_no_step(name: str) -> None:
     source = SOURCES[name]()
-    head = [module for module in source.modules() if isinstance(module, nn.Linear)][-1]
-    nn.init.zeros_(head.weight)
+    head = [part for part, module in source.named_modules() if isinstance(module, nn.Linear)][-1]
+    for key, tensor in source.state_dict().items():
+        if key.replace("/", ".").endswith(f"{head.removeprefix('module.')}.weight"):
+            tensor.zero_()
     images, labels, _ = batch(2)
     assert torch.equal(attack(name, source)(images, labels), images)
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from alignfast.models import Classifier
+from alignfast.surrogates import Collection
+
 CLASSES = 5
 
 
@@ -127,3 +130,14 @@ def input_gradient(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tenso
     weights = torch.arange(1.0, CLASSES + 1, dtype=images.dtype).cos()
     (grad,) = torch.autograd.grad((logits * weights).sum(), leaf)
     return grad
+
+
+def collection(count: int = 5, dtype: torch.dtype = torch.float64) -> Collection:
+    """A CIFAR ResNet with sets of weights of their own."""
+    generator = torch.Generator().manual_seed(8)
+    model = net("cifar")
+    sets = {}
+    for name, tensor in model.state_dict().items():
+        noise = torch.randn((count, *tensor.shape), generator=generator, dtype=torch.float64)
+        sets[name] = torch.stack([tensor] * count) if tensor.ndim < 1 or "running" in name else tensor + 0.1 * noise
+    return Collection(Classifier(model, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), CLASSES), sets).to(dtype).eval()

@@ -13,9 +13,20 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.patchout import PatchOut
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.steps import SignStep
-from alignfast.surrogates import GhostSkips, LinearBackward, NoAttention, SkipGradient, TokenGradients, surrogate
+from alignfast.models import as_classifier
+from alignfast.surrogates import (
+    Collection,
+    GhostSkips,
+    LinearBackward,
+    NoAttention,
+    SkipGradient,
+    Surrogate,
+    TokenGradients,
+    surrogate,
+)
 
 __all__ = [
+    "LGV",
     "SGM",
     "TGR",
     "GhostNetwork",
@@ -94,3 +105,21 @@ def PNA_PatchOut(
     """Transformers' gradients past attention, from some patches of the perturbation (Wei et al., AAAI 2022)."""
     blind, estimator = surrogate(source, NoAttention()), PatchOut(crop_length, sample_num_patches, lamb)
     return build(blind, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
+
+
+def LGV(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Another set of a collection's weights in every step (Gubri et al., ECCV 2022)."""
+    for member in as_classifier(source).members:
+        model = member.source if isinstance(member, Surrogate) else member
+        if not isinstance(model, Collection):
+            raise ValueError(
+                f"source: got {type(model).__name__}; allowed is a Collection, as lgv(source, loader) makes it"
+            )
+    return build(source, eps, alpha, steps, step=SignStep(decay), **options)
