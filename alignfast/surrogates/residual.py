@@ -67,8 +67,12 @@ class GhostSkips(Surgery):
     def __post_init__(self) -> None:
         check_number("radius", self.radius, low=0.0, high=1.0)
 
+    def fits(self, module: nn.Module) -> bool:
+        """Whether there is a residual block of convolutions in `module`."""
+        return bool(_with_skips(module))
+
     def check(self, module: nn.Module) -> None:
-        if not _with_skips(module):
+        if not self.fits(module):
             raise ValueError(
                 f"source: {type(module).__name__} has no skip connection that is known; allowed are residual blocks "
                 "with conv1 and conv2 (ResNets of timm, torchvision and for CIFAR)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,12 @@ TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
 class Surgery(ABC):
-    """A change of a model's passes. Subclasses are frozen dataclasses that hold numbers."""
+    """A change of a model's passes. Subclasses are frozen dataclasses that hold numbers.
+
+    replaces: what of the model it puts something else for, which no second surgery can do as well; None for nothing.
+    """
+
+    replaces: ClassVar[str | None] = None
 
     @abstractmethod
     def check(self, module: nn.Module) -> None:
@@ -67,15 +72,21 @@ def surrogate(source: nn.Module, surgery: Surgery) -> Classifier:
 
     Raises:
         ValueError: a model in which there is nothing to operate on, one whose forward pass is repeated in its backward
-            pass, or one that has had surgery of this kind.
+            pass, or one that has had surgery of this kind, or one that replaces the same.
     """
     source = as_classifier(source)
     if isinstance(source, Ensemble):
         return Ensemble([surrogate(member, surgery) for member in source.members], source.combine)
     done = source.surgeries if isinstance(source, Surrogate) else ()
     kind = type(surgery).__name__
-    if any(type(other) is type(surgery) for other in done):
-        raise ValueError(f"source: has had {kind} already; allowed is each kind of surgery once")
+    for other in done:
+        if type(other) is type(surgery):
+            raise ValueError(f"source: has had {kind} already; allowed is each kind of surgery once")
+        if surgery.replaces is not None and other.replaces == surgery.replaces:
+            raise ValueError(
+                f"source: {type(other).__name__} has replaced its {surgery.replaces}; allowed with {kind} is a source "
+                "without it"
+            )
     for name, module in source.module.named_modules():
         # What is computed again in the backward pass runs without the hooks.
         if getattr(module, "grad_checkpointing", False) or getattr(module, "memory_efficient", False):

@@ -51,7 +51,7 @@ class Halving(nn.Module):
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
 PARAMETERS: dict[str, dict[str, Any]] = {}
 # Presets whose source must be of a kind of its own; their own tests have one.
-PARTICULAR: set[str] = {"ghostnetwork", "lgv", "linbp", "pna_patchout", "sgm", "tgr"}
+PARTICULAR: set[str] = {"bpa", "faug", "ghostnetwork", "lgv", "linbp", "pna_patchout", "sapr", "sgm", "tgr"}
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]
 
 

@@ -27,12 +27,16 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "tgr": partial(net, "vit"),
     "pna_patchout": partial(net, "vit"),
     "lgv": collection,
+    "bpa": partial(net, "cifar"),
+    "faug": partial(net, "cifar"),
+    "sapr": partial(net, "vit"),
 }
 NUMBERS: dict[str, dict[str, Any]] = {
     "ghostnetwork": {"ghost_random_range": 0.9},
+    "sapr": {"prob": 0.7},
     "pna_patchout": {"crop_length": 4, "sample_num_patches": 2},
 }
-RANDOM = {"ghostnetwork", "lgv", "pna_patchout"}
+RANDOM = {"faug", "ghostnetwork", "lgv", "pna_patchout", "sapr"}
 
 
 def attack(name: str, source: nn.Module | None = None, **options: Any) -> Attack:

@@ -16,17 +16,24 @@ from alignfast.attacks.steps import SignStep
 from alignfast.models import as_classifier
 from alignfast.surrogates import (
     Collection,
+    FeatureNoise,
+    GhostDropout,
     GhostSkips,
     LinearBackward,
     NoAttention,
     SkipGradient,
+    SmoothBackward,
     Surrogate,
     TokenGradients,
+    TokenShuffle,
     surrogate,
 )
 
 __all__ = [
+    "BPA",
+    "FAUG",
     "LGV",
+    "SAPR",
     "SGM",
     "TGR",
     "GhostNetwork",
@@ -68,10 +75,12 @@ def GhostNetwork(
     steps: int = STEPS,
     decay: float = 1.0,
     ghost_random_range: float = 0.22,
+    ghost_keep_prob: float = 0.994,
     **options: Unpack[Options],
 ) -> Attack:
-    """Skip connections scaled at random, anew in every pass (Li et al., AAAI 2020)."""
-    ghost = surrogate(source, GhostSkips(ghost_random_range))
+    """Skip connections scaled at random, or features dropped where there are none (Li et al., AAAI 2020)."""
+    skips, dropout = GhostSkips(ghost_random_range), GhostDropout(1 - ghost_keep_prob)
+    ghost = surrogate(source, skips if skips.fits(as_classifier(source).module) else dropout)
     return build(ghost, eps, alpha, steps, step=SignStep(decay), **options)
 
 
@@ -123,3 +132,45 @@ def LGV(
                 f"source: got {type(model).__name__}; allowed is a Collection, as lgv(source, loader) makes it"
             )
     return build(source, eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def BPA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    bpa_layer: str | None = None,
+    temperature: float = 10.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """ReLUs and max-pooling that let more through on the way back (Wang et al., NeurIPS 2023)."""
+    smooth = surrogate(source, SmoothBackward(bpa_layer, temperature))
+    return build(smooth, eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def FAUG(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    layer: str | None = None,
+    std1: float = 0.3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Noise on the features of a layer, the first convolution's if None (Wang et al., TNNLS 2025)."""
+    return build(surrogate(source, FeatureNoise(layer, std1)), eps, alpha, steps, step=SignStep(decay), **options)
+
+
+def SAPR(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    prob: float = 0.15,
+    **options: Unpack[Options],
+) -> Attack:
+    """Transformers' tokens shuffled before attention (Zhou et al., arXiv 2022)."""
+    return build(surrogate(source, TokenShuffle(prob)), eps, alpha, steps, step=SignStep(decay), **options)
