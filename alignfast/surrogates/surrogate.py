@@ -62,7 +62,8 @@ class Surrogate(Classifier):
 
     def logits_of(self, render: Render, draws: Draws | None = None) -> Tensor:
         with ExitStack() as stack:
-            for surgery in self.surgeries:
+            # Hooks go before those that are there: the first surgery then changes an output first.
+            for surgery in reversed(self.surgeries):
                 stack.enter_context(surgery.operating(self.module, draws))
             return self.source.logits_of(render, draws)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignfast.attacks import PRESETS, Attack, create, graph, parameters_of
 from alignfast.models import Ensemble, as_classifier
@@ -96,6 +97,27 @@ def test_no_step_waits_for_the_device(name: str, device: str) -> None:
     with NoSync(device):
         adv = run._run(source, images, labels, indices)
     assert adv.device.type == device
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_tensor_of_a_forward_pass_is_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in tests/attacks/test_no_sync.py."""
+
+    def grad_of(gain: Tensor, leaf: Tensor) -> tuple[Tensor]:
+        assert gain.requires_grad
+        return (torch.ones_like(leaf),)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad_of)
+    run = attack(name, SOURCES[name](dtype=torch.float32), cuda_graph=False)
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+        source = as_classifier(run.source)
+        for module in source.modules():
+            for table in (module._parameters, module._buffers):
+                table.update({k: v if v is None else fake.from_tensor(v).to("cuda") for k, v in table.items()})
+        images, labels, indices = (fake.from_tensor(tensor).to("cuda") for tensor in batch(2, torch.float32))
+        with NoSync("cuda:0"):
+            adv = run._run(source, images, labels, indices)
+    assert adv.device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("name", SOURCES)
