@@ -11,6 +11,7 @@ from alignfast.ops.kl_div_with_logits import Combine, Direction
 PRECISIONS = ("fp32", "bf16")
 BATCH_NORMS = ("move", "freeze")
 OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class AlignConfig:
         direction: of the divergence, see `kl_div_with_logits`. combine: over several witnesses, per sample.
         lambda_kd, lambda_cls: weights of the two terms; labels are not read while lambda_cls is 0.
         optimizer: "sgd", or "adamw" (betas 0.9 and 0.999), whose momentum and nesterov are not used.
-        lr, momentum, weight_decay, nesterov: of the optimizer. The rate falls to 0 along a cosine, stepped every
-            iteration.
+        lr, momentum, weight_decay, nesterov: of the optimizer.
+        schedule: "cosine", along which the rate falls to 0, stepped every iteration, or "constant".
         epochs: passes over the loader. steps: stop after so many iterations instead, over as many passes as it takes.
         clip_norm: bound of the gradient's L2 norm; None for no clipping.
         precision: "fp32", or "bf16" for autocast (weights and update stay float32).
@@ -47,6 +48,7 @@ class AlignConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     nesterov: bool = True
+    schedule: Literal["cosine", "constant"] = "cosine"
     epochs: int = 1
     steps: int | None = None
     clip_norm: float | None = None
@@ -64,6 +66,7 @@ class AlignConfig:
         check_count("epochs", self.epochs)
         check_count("seed", self.seed, low=0, high=2**63 - 1)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("batch_norm", self.batch_norm, BATCH_NORMS)
         if self.steps is not None:

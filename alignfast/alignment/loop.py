@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -77,22 +77,43 @@ def align(
     _check_models(model, witnesses)
     if not in_place:
         model = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=_cuda_devices(model)), evaluating(*witnesses), _training(model, config):
-        torch.manual_seed(config.seed)
-        history = _fit(model, witnesses, loader, config, progress)
+    history = fit(model, witnesses, loader, config, progress=progress)
     model.eval()
     if checkpoint is not None:
         save_checkpoint(model, checkpoint, {"alignfast.config": repr(asdict(config))})
     return AlignResult(model, history, config)
 
 
+def fit(
+    model: Classifier,
+    witnesses: Sequence[Classifier],
+    loader: Iterable[Any],
+    config: AlignConfig,
+    *,
+    progress: bool = False,
+    after: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `model` in place, as `align` does, and leave its modes and the global generators as they were.
+
+    witnesses: none where config.lambda_kd is 0. after: called with the number of each step, from 1, when it is done.
+    """
+    with torch.random.fork_rng(devices=_cuda_devices(model)), evaluating(*witnesses), _training(model, config):
+        torch.manual_seed(config.seed)
+        return _fit(model, witnesses, loader, config, progress, after)
+
+
 def _fit(
-    model: Classifier, witnesses: list[Classifier], loader: Iterable[Any], config: AlignConfig, shown: bool
+    model: Classifier,
+    witnesses: Sequence[Classifier],
+    loader: Iterable[Any],
+    config: AlignConfig,
+    shown: bool,
+    after: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
-    total = _total_steps(loader, config)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    total = total_steps(loader, config)
+    schedule = _schedule(optimizer, total, config)
     device = parameters[0].device
     pending: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
@@ -108,6 +129,8 @@ def _fit(
             pending.append({"step": step, "lr": optimizer.param_groups[0]["lr"], **terms, "grad_norm": norm})
             optimizer.step()
             schedule.step()
+            if after is not None:
+                after(step)
             if step % STEPS_BETWEEN_READINGS == 0 or step == total:
                 history += _read(pending)
                 advance(len(pending), f"loss {history[-1]['loss']:.4f}")
@@ -125,8 +148,16 @@ def _optimizer(parameters: list[nn.Parameter], config: AlignConfig) -> torch.opt
     )
 
 
+def _schedule(
+    optimizer: torch.optim.Optimizer, total: int, config: AlignConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+
+
 def _losses(
-    model: Classifier, witnesses: list[Classifier], images: Tensor, labels: Tensor, config: AlignConfig
+    model: Classifier, witnesses: Sequence[Classifier], images: Tensor, labels: Tensor, config: AlignConfig
 ) -> dict[str, Tensor]:
     """The weighted loss and its terms; a term of weight 0 is not computed."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -161,7 +192,8 @@ def _passes(loader: Iterable[Any]) -> Iterator[Batch]:
         epoch += 1
 
 
-def _total_steps(loader: Iterable[Any], config: AlignConfig) -> int:
+def total_steps(loader: Iterable[Any], config: AlignConfig) -> int:
+    """Of a run; ValueError where they cannot be told or there are none."""
     if config.steps is not None:
         return config.steps
     try:

@@ -1,6 +1,6 @@
 """One attack loop, components that combine freely, and the field's attacks as presets over them."""
 
-from alignfast.attacks import ensemble_estimators, shaping, starts
+from alignfast.attacks import ensemble_estimators, patchout, shaping, starts
 from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.ensemble_estimators import *
@@ -18,6 +18,7 @@ from alignfast.attacks.objectives.base import *
 from alignfast.attacks.objectives.features import *
 from alignfast.attacks.objectives.logits import *
 from alignfast.attacks.observe import Seen
+from alignfast.attacks.patchout import *
 from alignfast.attacks.presets import PRESETS, combine, create, names_of, parameters_of
 from alignfast.attacks.presets import ensembles as ensembles_presets
 from alignfast.attacks.presets import gradients as gradients_presets
@@ -60,6 +61,7 @@ __all__ += gradients_presets.__all__
 __all__ += inputs_presets.__all__
 __all__ += objectives_presets.__all__
 __all__ += surrogates_presets.__all__
+__all__ += patchout.__all__
 __all__ += shaping.__all__
 __all__ += starts.__all__
 __all__ += elementwise_steps.__all__

@@ -479,6 +479,7 @@ def test_a_loss_that_is_not_finite(poisoned: int, size: int, tmp_path: Path) -> 
         ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
         ({"clip_norm": -1.0}, "clip_norm: got -1.0"),
         ({"precision": "fp16"}, "precision: got 'fp16'"),
+        ({"schedule": "step"}, "schedule: got 'step'"),
         ({"batch_norm": "eval"}, "batch_norm: got 'eval'"),
         ({"seed": -1}, "seed: got -1"),
     ],
@@ -508,3 +509,9 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_checkpoint_that_could_not_be_written_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint: got .*allowed is a \.safetensors file"):
         align(torch.nn.Identity(), torch.nn.Identity(), iter(()), checkpoint=tmp_path / "aligned.pt")
+
+
+def test_a_constant_rate() -> None:
+    history = align(classifier(0), classifier(1), batches(), config_of(schedule="constant")).history
+    assert {entry["lr"] for entry in history} == {0.05}
+    assert len(history) == STEPS

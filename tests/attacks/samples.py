@@ -72,6 +72,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 # Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.
 PARTICULAR = {"admix", "usmm"}
 PARTICULAR |= {"adaea", "cwa", "fia", "ila", "jitter", "logit", "naa", "potrip", "rpa", "svre", "tap", "tpgd"}
+PARTICULAR |= {"bpa", "faug", "ghostnetwork", "lgv", "linbp", "pna_patchout", "sapr", "sgm", "tgr"}
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]
 
 
