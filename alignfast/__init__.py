@@ -1,6 +1,6 @@
 """Model alignment, transferable attacks and their evaluation on unseen image classifiers."""
 
-from alignfast import attacks
+from alignfast import attacks, surrogates
 from alignfast.alignment import AlignConfig, AlignResult, align
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.models import Classifier, Ensemble, load_checkpoint, load_model, save_checkpoint
@@ -19,5 +19,6 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "save_checkpoint",
+    "surrogates",
     "transfer_matrix",
 ]
