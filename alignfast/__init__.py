@@ -1,6 +1,6 @@
 """Model alignment, transferable attacks and their evaluation on unseen image classifiers."""
 
-from alignfast import attacks
+from alignfast import attacks, surrogates
 from alignfast.alignment import AlignConfig, AlignResult, align
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.models import Classifier, Ensemble, load_checkpoint, load_model, prepare, save_checkpoint
@@ -20,5 +20,6 @@ __all__ = [
     "load_model",
     "prepare",
     "save_checkpoint",
+    "surrogates",
     "transfer_matrix",
 ]

@@ -18,7 +18,7 @@ __all__ = ["PatchOut"]
 
 @dataclass(frozen=True)
 class PatchOut(Estimator):
-    """PatchOut (Wei et al., AAAI 2022, eq. 6 and 7): the gradient with respect to the perturbation d of
+    """PatchOut (Wei et al., AAAI 2022): the gradient with respect to the perturbation d of
     J(images + M d) + weight ||d||_2, where M keeps `patches` patches of side `patch`, drawn anew in every step.
 
     Each image draws its own (TransferAttack: all the same, by the number of the step), and its d is normed alone

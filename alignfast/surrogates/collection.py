@@ -126,7 +126,7 @@ def lgv(
     seed: int = 0,
     progress: bool = False,
 ) -> Collection:
-    """LGV (Gubri et al., ECCV 2022, section 3): weights collected along SGD with a high constant learning rate.
+    """LGV (Gubri et al., ECCV 2022): weights collected along SGD with a high constant learning rate.
 
     A copy of `source` is trained on cross-entropy, in the loop and under the rules of `align`; of every epoch,
     `nb_models_epoch` states are kept, at equal distances, the last at its end. `source` stays as it is.

@@ -36,7 +36,7 @@ POOLS = (nn.functional.max_pool2d, torch.max_pool2d)
 
 @dataclass(frozen=True)
 class LinearBackward(Surgery):
-    """LinBP (Guo et al., NeurIPS 2020, section 4): from `layer` on, ReLUs let every gradient through.
+    """LinBP (Guo et al., NeurIPS 2020): from `layer` on, ReLUs let every gradient through.
 
     In a network of residual blocks or dense layers those are the ReLUs between the first and the last convolution of
     a branch; what they let through too much is taken back by dividing, image by image, the branch's input gradient by
@@ -141,7 +141,7 @@ class _Branch:
 
 @dataclass(frozen=True)
 class SmoothBackward(Surgery):
-    """BPA (Wang et al., NeurIPS 2023, eq. 5 and 6): derivatives of ReLUs and max-pooling that let more through.
+    """BPA (Wang et al., NeurIPS 2023): derivatives of ReLUs and max-pooling that let more through.
 
     From `layer` on a ReLU has the derivative of SiLU, sigma(x) (1 + x (1 - sigma(x))); max-pooling everywhere has, over
     each of its windows, softmax(temperature x). The forward pass stays the same to the bit. `layer` is a residual

@@ -19,7 +19,7 @@ __all__ = ["GhostSkips", "SkipGradient"]
 
 @dataclass(frozen=True)
 class SkipGradient(Surgery):
-    """SGM (Wu et al., ICLR 2020, eq. 5): with z' = z + f(z) in every block, dz'/dz is taken for 1 + gamma df/dz.
+    """SGM (Wu et al., ICLR 2020): with z' = z + f(z) in every block, dz'/dz is taken for 1 + gamma df/dz.
 
     The forward pass stays the same to the bit. Every residual branch counts, also beside a shortcut with weights, both
     branches of a transformer block, and the layers of a DenseNet. The authors' code (and TransferAttack's) spreads
@@ -49,7 +49,7 @@ class SkipGradient(Surgery):
 
 @dataclass(frozen=True)
 class GhostSkips(Surgery):
-    """Ghost networks, skip connection erosion (Li et al., AAAI 2020, eq. 5): z' = lambda z + f(z) in every residual
+    """Ghost networks, skip connection erosion (Li et al., AAAI 2020): z' = lambda z + f(z) in every residual
     block, lambda ~ U[1 - radius, 1 + radius).
 
     Every block, image and copy draws its own lambda in every pass (TransferAttack draws one a channel, for the whole

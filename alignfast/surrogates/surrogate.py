@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from alignfast.models.classifier import Render
 
 # What `nn.Module` keeps of parameters, buffers and children.
 TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+# A layer's part of the seed: odd, so that layers differ, and far from small numbers, so that seeds do.
+STRIDE = 0x9E3779B97F4A7C15
 
 
 class Surgery(ABC):
@@ -98,6 +102,11 @@ def surrogate(source: nn.Module, surgery: Surgery) -> Classifier:
     surgery.check(source.module)
     inner = source.source if isinstance(source, Surrogate) else source
     return Surrogate(inner, (*done, surgery))
+
+
+def of_layer(draws: Draws, number: int) -> Draws:
+    """Draws of the layer with this number, from 1: a slot has fewer purposes than a network has layers."""
+    return replace(draws, seed=(draws.seed + number * STRIDE) % 2**64)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from alignfast.checks import check_number
 from alignfast.draws import Draws
-from alignfast.surrogates.surrogate import Surgery, on_gradients, on_outputs
+from alignfast.surrogates.surrogate import Surgery, of_layer, on_gradients, on_outputs, removing
 
-__all__ = ["NoAttention", "TokenGradients"]
+__all__ = ["NoAttention", "TokenGradients", "TokenShuffle"]
 
 
 @dataclass(frozen=True)
 class NoAttention(Surgery):
-    """PNA (Wei et al., AAAI 2022, section 3.2): attention maps are constants in the backward pass.
+    """PNA (Wei et al., AAAI 2022): attention maps are constants in the backward pass.
 
     With Z = A V, A = softmax(Q K / sqrt(d)), no gradient flows through A, hence none to Q and K. The forward pass stays
     the same to the bit.
@@ -40,7 +41,7 @@ class NoAttention(Surgery):
 
 @dataclass(frozen=True)
 class TokenGradients(Surgery):
-    """TGR (Zhang et al., CVPR 2023, section 3.3): gradients without the tokens that they are most extreme in.
+    """TGR (Zhang et al., CVPR 2023): gradients without the tokens that they are most extreme in.
 
     In every block, of the gradients of attention maps [B, heads, T, T], of queries, keys and values [B, T, 3 D], and
     of the output of the perceptron [B, T, D]: for each head or channel the largest and the smallest entry is found,
@@ -81,6 +82,42 @@ class TokenGradients(Surgery):
                 (_perceptrons(module), partial(_without_extremes, factor=self.mlp)),
             ):
                 stack.enter_context(on_gradients(layers, change))
+            yield
+
+
+@dataclass(frozen=True)
+class TokenShuffle(Surgery):
+    """SAPR (Zhou et al., 2022, arXiv 2204.12680): before an attention layer, with probability `prob`, the tokens of the
+    patches change places at random.
+
+    Every layer, image and copy draws anew in every pass (TransferAttack: a layer alike for the whole batch); without
+    draws tokens stay. Class and register tokens stay where they are.
+
+    Args:
+        prob: in [0, 1].
+
+    Raises:
+        ValueError: prob out of its range; in `check`, a model without timm's attention layers.
+    """
+
+    prob: float = 0.15
+
+    def __post_init__(self) -> None:
+        check_number("prob", self.prob, low=0.0, high=1.0)
+
+    def check(self, module: nn.Module) -> None:
+        _check_attention(module)
+
+    @contextmanager
+    def operating(self, module: nn.Module, draws: Draws | None) -> Iterator[None]:
+        layers, fixed = _attentions(module), _prefix(module)
+        handles: list[Any] = []
+        if draws is not None:
+            chosen = draws.uniform(4, (len(layers),)).flatten(0, 1) < self.prob
+            for number, layer in enumerate(layers):
+                hook = partial(_shuffled, of_layer(draws, number + 1), chosen[:, number], fixed)
+                handles.append(layer.register_forward_pre_hook(hook, prepend=True))
+        with removing(handles):
             yield
 
 
@@ -126,3 +163,20 @@ def _without_cross(grad: Tensor, factor: float) -> Tensor:
 def _without_extremes(grad: Tensor, factor: float) -> Tensor:
     largest, smallest = grad.argmax(1, keepdim=True), grad.argmin(1, keepdim=True)
     return grad.scatter(1, largest, 0).scatter(1, smallest, 0) * factor
+
+
+def _prefix(module: nn.Module) -> int:
+    """How many tokens precede those of patches: as the network says, else the class token alone."""
+    said = (getattr(part, "num_prefix_tokens", None) for part in module.modules())
+    return next((number for number in said if isinstance(number, int)), 1)
+
+
+def _shuffled(
+    draws: Draws, chosen: Tensor, fixed: int, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    tokens = inputs[0]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    order = draws.uniform(5, (tokens.shape[1] - fixed,)).flatten(0, 1).argsort(1) + fixed
+    order = torch.cat([places[:fixed].expand(len(order), -1), order], 1)
+    order = torch.where(chosen[:, None], order, places)
+    return (tokens.gather(1, order[..., None].expand_as(tokens)), *inputs[1:])
