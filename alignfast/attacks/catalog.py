@@ -17,6 +17,8 @@ from alignfast.attacks.estimators import Plain
 from alignfast.attacks.objectives import CrossEntropy
 from alignfast.attacks.presets import PRESETS
 from alignfast.models import Classifier, Ensemble
+from alignfast.surrogates.collection import Collection
+from alignfast.surrogates.surrogate import Surgery, Surrogate
 
 # What an attack has where nothing else is said.
 USUAL: tuple[Component, ...] = (Plain(), CrossEntropy())
@@ -44,12 +46,16 @@ def catalog() -> list[Entry]:
 def _entry(name: str) -> Entry:
     preset = PRESETS[name]
     source, attack = _built(preset)
-    surgery = [] if type(attack.source) is type(source) else [type(attack.source).__name__]
+    surgeries = attack.source.surgeries if isinstance(attack.source, Surrogate) else ()
     start = ["random start"] if attack.random_start else []
     return Entry(
         name=name,
         paper=paper_of(preset),
-        components=(*surgery, *start, *(text_of(part) for part in attack.components if part not in USUAL)),
+        components=(
+            *map(text_of, surgeries),
+            *start,
+            *(text_of(part) for part in attack.components if part not in USUAL),
+        ),
         copies=attack.copies,
         passes=attack.passes,
     )
@@ -61,7 +67,7 @@ def paper_of(preset: Callable[..., Attack]) -> str:
     return "" if found is None else " ".join(found.group(1).split())
 
 
-def text_of(component: Component) -> str:
+def text_of(component: Component | Surgery) -> str:
     """Its name and those of its numbers that are not the usual ones."""
     telling = [
         f"{item.name}={getattr(component, item.name)!r}"
@@ -88,4 +94,5 @@ def _sources() -> list[nn.Module]:
             Classifier(timm.create_model(name).eval(), input_size=(3, 224, 224), num_classes=1000)
             for name in ("resnet18", "vit_tiny_patch16_224")
         )
-    return [network, transformer, Ensemble([network, network])]
+        sets = Collection(network, {name: tensor[None] for name, tensor in network.module.state_dict().items()})
+    return [network, transformer, Ensemble([network, network]), sets]

@@ -112,6 +112,11 @@ class Classifier(nn.Module):
         """The models that this one is made of; itself if it is not made of others."""
         return [self]
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Turn the module's weights into `dtype`, in which its passes are then computed; logits stay float32."""
+        self.module.to(dtype)
+        self.dtype = dtype
+
     def check_shape(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise ValueError(f"images: got dtype {images.dtype}; allowed is floating point with values in [0, 1]")

@@ -58,6 +58,10 @@ class Ensemble(Classifier):
     def heads(self, render: Render, draws: Draws | None = None) -> Tensor:
         return self._stack(render, draws) if self.combine == "losses" else self.logits_of(render, draws)[None]
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        for member in self.members:
+            member.compute_in(dtype)
+
     def check_shape(self, images: Tensor) -> None:
         for member in self.members:
             member.check_shape(images)

@@ -56,10 +56,7 @@ def prepare(model: nn.Module, images: Tensor, precision: Precision = "auto") -> 
 
 def _converted(source: Classifier, dtype: torch.dtype) -> Classifier:
     prepared = copy.deepcopy(source).eval().requires_grad_(False)
-    for part in prepared.modules():
-        if isinstance(part, Classifier) and part.members == [part]:
-            part.module.to(dtype)
-            part.dtype = dtype
+    prepared.compute_in(dtype)
     return prepared
 
 

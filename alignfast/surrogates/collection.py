@@ -71,7 +71,7 @@ class Collection(Classifier):
         return {name.replace("/", "."): stack for name, stack in self.sets.named_buffers()}
 
     def logits_of(self, render: Render, draws: Draws | None = None) -> Tensor:
-        images = render(self.mean, self.std)
+        images = render(self.mean, self.std, self.dtype, self.memory_format)
         if draws is not None:
             return self._logits(images, self._number(draws))
         numbers = torch.arange(len(self), device=images.device).split(1)
@@ -99,6 +99,10 @@ class Collection(Classifier):
         tensors = {name.removeprefix(PREFIX): stack for name, stack in read_state_dict(path).items()}
         return cls(source, _moved(tensors, as_classifier(source)))
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        super().compute_in(dtype)
+        self.sets.to(dtype)
+
     def _number(self, draws: Draws) -> Tensor:
         """int64 [1]: the set of a pass. The same for all of its images and copies, whichever go together."""
         step = draws.copies.new_zeros(()) + draws.step
@@ -111,7 +115,7 @@ class Collection(Classifier):
         weights = {name: stack.index_select(0, number)[0] for name, stack in self.stacks().items()}
         output = torch.func.functional_call(self.module, weights, (images,), tie_weights=False)
         logits: Tensor = output if isinstance(output, Tensor) else output[0]
-        return logits
+        return logits if self.dtype is None else logits.float()
 
 
 def lgv(

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from alignfast.draws import Draws
@@ -54,6 +55,7 @@ class Surrogate(Classifier):
             self.__dict__[table] = source.__dict__[table]
         self.training = source.training
         self.num_classes, self.input_size = source.num_classes, source.input_size
+        self.dtype, self.memory_format = source.dtype, source.memory_format
         self.surgeries = surgeries
         # Not as a child, whose weights would be listed a second time.
         self.__dict__["_source"] = source
@@ -63,6 +65,10 @@ class Surrogate(Classifier):
         """The model without surgery."""
         source: Classifier = self.__dict__["_source"]
         return source
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        self.source.compute_in(dtype)
+        self.dtype = dtype
 
     def logits_of(self, render: Render, draws: Draws | None = None) -> Tensor:
         with ExitStack() as stack:
