@@ -6,6 +6,8 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
+from itertools import product
 
 import timm
 import torch
@@ -21,7 +23,7 @@ from alignfast.surrogates.collection import Collection
 from alignfast.surrogates.surrogate import Surgery, Surrogate
 
 # What an attack has where nothing else is said.
-USUAL: tuple[Component, ...] = (Plain(), CrossEntropy())
+USUAL: tuple[Component, ...] = (Plain(), CrossEntropy(), CrossEntropy(targeted=True))
 # The parentheses of a docstring that hold a year.
 PAPER = re.compile(r"\(([^()]*\b(?:19|20)\d\d\b[^()]*)\)", re.DOTALL)
 
@@ -45,20 +47,11 @@ def catalog() -> list[Entry]:
 
 def _entry(name: str) -> Entry:
     preset = PRESETS[name]
-    source, attack = _built(preset)
+    attack = _built(preset)
     surgeries = attack.source.surgeries if isinstance(attack.source, Surrogate) else ()
     start = ["random start"] if attack.random_start else []
-    return Entry(
-        name=name,
-        paper=paper_of(preset),
-        components=(
-            *map(text_of, surgeries),
-            *start,
-            *(text_of(part) for part in attack.components if part not in USUAL),
-        ),
-        copies=attack.copies,
-        passes=attack.passes,
-    )
+    parts = [text_of(part) for part in (*surgeries, *attack.components) if part not in USUAL]
+    return Entry(name, paper_of(preset), (*start, *parts), attack.copies, attack.passes)
 
 
 def paper_of(preset: Callable[..., Attack]) -> str:
@@ -77,17 +70,18 @@ def text_of(component: Component | Surgery) -> str:
     return f"{type(component).__name__}({', '.join(telling)})"
 
 
-def _built(preset: Callable[..., Attack]) -> tuple[nn.Module, Attack]:
-    """The preset on the first of a few sources that it takes, which hold no numbers."""
+def _built(preset: Callable[..., Attack]) -> Attack:
+    """The preset on the first of a few sources that it takes, which hold no numbers; targeted if it is so only."""
     errors = []
-    for source in _sources():
+    for source, targeted in product(_sources(), (False, True)):
         try:
-            return source, preset(source)
-        except (TypeError, ValueError) as error:
+            return preset(source, targeted=targeted)
+        except ValueError as error:
             errors.append(str(error))
     raise ValueError(f"{preset.__name__}: takes none of the sources that it could be shown on ({errors[0]})")
 
 
+@cache
 def _sources() -> list[nn.Module]:
     with torch.device("meta"):
         network, transformer = (
