@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.fft import dct, dctn
+from scipy.interpolate import RBFInterpolator
 from torch import Tensor
-from torch.nn.functional import conv2d, grid_sample, interpolate
+from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, pad
 
 from alignfast.attacks import (
     BlockMasks,
@@ -20,10 +21,13 @@ from alignfast.attacks import (
     BlockShuffle,
     Mixes,
     MixMask,
+    RandomCrop,
     Scales,
     SpectrumMask,
     Transform,
+    Translation,
     UniformScales,
+    Warp,
     create,
 )
 from alignfast.attacks.views import Views
@@ -230,6 +234,39 @@ def masked(image: Tensor, n: int, copy: int, step: int) -> Tensor:
     return image * seen
 
 
+def translated(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """By -4 to 4 pixels: cut out of an image with a margin of zeros."""
+    down, along = (math.floor(9 * float(drawn(n, copy, step, number))) - 4 for number in (0, 1))
+    top, left = 4 - down, 4 - along
+    return pad(image, (4, 4, 4, 4))[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+def cropped(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """By an affine grid, whose unit is half the image."""
+    high, top, wide, left, turn = (float(drawn(n, copy, step, number)) for number in range(5))
+    high, wide = 0.4 + 0.6 * high, 0.4 + 0.6 * wide
+    middle_y, middle_x = (2 * place * (1 - part) + part - 1 for place, part in ((top, high), (left, wide)))
+    theta = torch.tensor([[[-wide if turn < 0.5 else wide, 0, middle_x], [0, high, middle_y]]], dtype=torch.float64)
+    grid = affine_grid(theta, [1, *image.shape], align_corners=False)
+    return grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+def warped(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    return bent(image, (drawn(n, copy, step, 0, (4, 2)) - 0.5) * 0.8, 4)
+
+
+def bent(image: Tensor, offsets: Tensor, mesh: int) -> Tensor:
+    """By the interpolant of the displaced mesh that scipy finds; differentiable in image and offsets."""
+    points = [(y, x) for y in np.linspace(-1, 1, mesh) for x in np.linspace(-1, 1, mesh)]
+    height, width = image.shape[1:]
+    places = np.stack(np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"), 2)
+    inner = [i for i, (y, x) in enumerate(points) if abs(y) < 0.99 and abs(x) < 0.99]
+    spline = RBFInterpolator(points, np.eye(len(points))[:, inner], kernel="thin_plate_spline")
+    basis = torch.from_numpy(spline(places.reshape(-1, 2)))
+    grid = torch.from_numpy(places) + (basis @ offsets).reshape(height, width, 2)
+    return grid_sample(image[None], grid.flip(2)[None], padding_mode="zeros", align_corners=True)[0]
+
+
 MOMENTUM = BASE | {"decay": DECAY}
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "DIM": (dim, {"resize_rate": 1.3, "diversity_prob": 0.6}),
@@ -380,6 +417,9 @@ def shown(transform: Transform, images: Tensor, copies: int = 1, step: int = 0) 
 VIEWS: dict[str, tuple[Transform, int, Show]] = {
     "operations": (BlockOperations(30, 3), 30, sia),
     "shuffle": (BlockShuffle(10, 3, 50.0), 10, bsr),
+    "translation": (Translation(4, 2), 9, translated),
+    "crop": (RandomCrop(0.4, 0.5, 3), 9, cropped),
+    "warp": (Warp(5, 4, 0.8), 5, warped),
     "masks": (BlockMasks(3), 9, masked),
 }
 
@@ -409,7 +449,10 @@ def test_all_ten_operations_are_among_those() -> None:
     assert drawn_ops == set(range(10))
 
 
-@pytest.mark.parametrize("transform", [BlockOperations(1, 5), BlockShuffle(1, 5), BlockShuffle(1, 1, 0.0)])
+@pytest.mark.parametrize(
+    "transform",
+    [BlockOperations(1, 5), BlockShuffle(1, 5), BlockShuffle(1, 1, 0.0), Translation(3), RandomCrop(0.3), Warp()],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_images_smaller_than_the_blocks_are_many(transform: Transform, dtype: torch.dtype) -> None:
     images = torch.rand((3, 2, 1, 2), generator=torch.Generator().manual_seed(3), dtype=dtype)
@@ -457,6 +500,15 @@ def test_images_of_the_pool_are_all_drawn_and_alike() -> None:
         (lambda: BlockShuffle(1, 0), "blocks: got 0"),
         (lambda: BlockShuffle(1, 2, 181), "degrees: got 181"),
         (lambda: BlockMasks(0), "blocks: got 0"),
+        (lambda: Translation(-1), "reach: got -1"),
+        (lambda: Translation(1.5), "reach: got 1.5"),
+        (lambda: Translation(1, 0), "copies: got 0"),
+        (lambda: RandomCrop(0.0), r"smallest: got 0.0; allowed is a number in \(0, 1\]"),
+        (lambda: RandomCrop(0.5, 1.5), "flip: got 1.5"),
+        (lambda: RandomCrop(0.5, 0.5, 0), "copies: got 0"),
+        (lambda: Warp(0), "copies: got 0"),
+        (lambda: Warp(1, 2), "mesh: got 2; allowed is a whole number, 3 to 8"),
+        (lambda: Warp(1, 3, -1.0), "strength: got -1.0"),
         (lambda: SpectrumMask(0), "copies: got 0"),
         (lambda: SpectrumMask(rho=1.1), "rho: got 1.1"),
         (lambda: SpectrumMask(sigma=-1), "sigma: got -1"),
