@@ -1,6 +1,6 @@
 """One attack loop, components that combine freely, and the field's attacks as presets over them."""
 
-from alignfast.attacks import estimators, objectives, presets, shaping, steps, transforms
+from alignfast.attacks import estimators, objectives, presets, shaping, steps, transforms, warping
 from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import *
@@ -11,6 +11,7 @@ from alignfast.attacks.presets import *
 from alignfast.attacks.shaping import *
 from alignfast.attacks.steps import *
 from alignfast.attacks.transforms import *
+from alignfast.attacks.warping import *
 
 __all__ = ["Attack", "Component", "Gradient", "Look", "Memory", "Position", "Seen", "Start"]
 __all__ += estimators.__all__
@@ -19,3 +20,4 @@ __all__ += presets.__all__
 __all__ += shaping.__all__
 __all__ += steps.__all__
 __all__ += transforms.__all__
+__all__ += warping.__all__

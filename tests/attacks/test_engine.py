@@ -24,7 +24,7 @@ from alignfast.draws import Draws
 from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Network, build, labels_of, made, photos
 
-RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "bsr", "dim", "sia", "ssm", "tifgsm"]
+RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "bsr", "decowa", "dim", "sia", "ssm", "tifgsm"]
 
 
 @pytest.mark.parametrize("name", [*GENERAL, "everything"])

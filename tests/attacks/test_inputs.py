@@ -19,6 +19,7 @@ from alignfast.attacks import (
     BlockMasks,
     BlockOperations,
     BlockShuffle,
+    ConstrainedWarps,
     Mixes,
     MixMask,
     RandomCrop,
@@ -267,12 +268,32 @@ def bent(image: Tensor, offsets: Tensor, mesh: int) -> Tensor:
     return grid_sample(image[None], grid.flip(2)[None], padding_mode="zeros", align_corners=True)[0]
 
 
+def decowa(images: Tensor, grad: Gradient) -> Tensor:
+    """Two warps with four inner points; the estimator's own draws are of slot 30."""
+
+    def warped_by(offsets: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.stack([bent(image, move, 4) for image, move in zip(x, offsets, strict=True)])
+
+    adv, m = images, torch.zeros_like(images)
+    for step in range(STEPS):
+        total = torch.zeros_like(images)
+        for copy in range(2):
+            first = torch.stack([drawn(n, copy, step, 0, (4, 2), slot=30) - 0.5 for n in range(len(images))])
+            here = adv.clone()
+            slope = through(lambda offsets, x=here: warped_by(offsets)(x), grad, first)
+            total = total + through(warped_by(first - 0.4 * slope), grad, adv) / 2
+        m = DECAY * m + unit(total)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    return adv
+
+
 MOMENTUM = BASE | {"decay": DECAY}
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "DIM": (dim, {"resize_rate": 1.3, "diversity_prob": 0.6}),
     "TIM": (tim, {"len_kernel": 5, "nsig": 2.0}),
     "SIM": (over_copies(lambda image, n, copy, step: image / 2**copy, 3), {"m": 3}),
     "Admix": (over_copies(admix, 6), {"num_scale": 3, "num_admix": 2, "admix_strength": 0.3, "pool": POOL}),
+    "DeCowA": (decowa, {"num_warping": 2, "mesh": 4, "noise_scale": 1.0, "rho": 0.4}),
     "SIA": (over_copies(sia, 4), {"num_scale": 4, "num_block": 3}),
     "BSR": (over_copies(bsr, 2), {"num_scale": 2, "num_block": 3, "degrees": 50.0}),
     "MaskBlock": (over_copies(masked, 9), {"num_block": 3}),
@@ -298,6 +319,7 @@ DEFAULTS: dict[str, str] = {
     "dim": "[InputDiversity(rate=1.1, p=0.5, copies=1)]",
     "tim": "[]",
     "sim": "[Scales(copies=5)]",
+    "decowa": "[]",
     "admix": "[Mixes(pool=None, copies=3, strength=0.2), Scales(copies=5)]",
     "sia": "[BlockOperations(copies=20, blocks=3)]",
     "bsr": "[BlockShuffle(copies=20, blocks=2, degrees=24.0)]",
@@ -312,6 +334,8 @@ def test_defaults(name: str) -> None:
     parameters = create(name, network()).parameters()
     assert parameters["transforms"].replace("()", "[]") == DEFAULTS[name]
     assert parameters["step"] == "SignStep(momentum=1.0, nesterov=False)"
+    warps = "ConstrainedWarps(copies=20, mesh=3, strength=2.0, rho=0.01)"
+    assert parameters["estimator"] == (warps if name == "decowa" else "Plain()")
     smoothing = "[Smoothing(kernel='gaussian', size=15, sigma=3.0)]" if name == "tim" else "()"
     assert parameters["shaping"] == smoothing
 
@@ -500,6 +524,10 @@ def test_images_of_the_pool_are_all_drawn_and_alike() -> None:
         (lambda: BlockShuffle(1, 0), "blocks: got 0"),
         (lambda: BlockShuffle(1, 2, 181), "degrees: got 181"),
         (lambda: BlockMasks(0), "blocks: got 0"),
+        (lambda: ConstrainedWarps(0), "copies: got 0"),
+        (lambda: ConstrainedWarps(mesh=9), "mesh: got 9"),
+        (lambda: ConstrainedWarps(strength=-1), "strength: got -1"),
+        (lambda: ConstrainedWarps(rho=-1), "rho: got -1"),
         (lambda: Translation(-1), "reach: got -1"),
         (lambda: Translation(1.5), "reach: got 1.5"),
         (lambda: Translation(1, 0), "copies: got 0"),

@@ -24,6 +24,7 @@ from alignfast.attacks.transforms import (
     SpectrumMask,
     UniformScales,
 )
+from alignfast.attacks.warping import ConstrainedWarps
 
 __all__ = [
     "BSR",
@@ -37,6 +38,7 @@ __all__ = [
     "TIM",
     "USMM",
     "Admix",
+    "DeCowA",
     "MaskBlock",
 ]
 
@@ -244,3 +246,20 @@ def MaskBlock(
 ) -> Attack:
     """Momentum over num_block^2 copies, each without one block: of 56 pixels if 224 are given (Fan et al., 2022)."""
     return build(source, eps, alpha, steps, transforms=[BlockMasks(num_block)], step=SignStep(decay), **options)
+
+
+def DeCowA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_warping: int = 20,
+    mesh: int = 3,
+    noise_scale: float = 2.0,
+    rho: float = 0.01,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over warped copies, each warped as the model lets it (Lin et al., AAAI 2024)."""
+    warps = ConstrainedWarps(num_warping, mesh, noise_scale, rho)
+    return build(source, eps, alpha, steps, estimator=warps, step=SignStep(decay), **options)
