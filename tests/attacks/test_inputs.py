@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from scipy.fft import dct, dctn
 from scipy.interpolate import RBFInterpolator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, pad
 
 from alignfast.attacks import (
+    Attack,
     BlockMasks,
     BlockOperations,
     BlockShuffle,
@@ -24,6 +26,7 @@ from alignfast.attacks import (
     MixMask,
     RandomCrop,
     Scales,
+    SignStep,
     SpectrumMask,
     Transform,
     Translation,
@@ -485,6 +488,62 @@ def test_images_smaller_than_the_blocks_are_many(transform: Transform, dtype: to
     assert not views.isnan().any()
     if isinstance(transform, BlockShuffle):
         assert torch.equal(views.sort(3).values, images.sort(3).values)
+
+
+def moving(source: nn.Module, **options: Any) -> Attack:
+    """The transforms that no preset has."""
+    moves = [RandomCrop(0.5, 0.5, 2), Translation(2), Warp(2, 3, 1.0)]
+    return Attack(source, 0.1, 0.03, 2, transforms=moves, step=SignStep(1.0), **options)
+
+
+def test_moves_are_alike_alone_in_any_batch_and_in_chunks() -> None:
+    images, labels, indices = samples.photos(5), samples.labels_of(5), torch.tensor([40, 2, 0, 2**31, 17])
+    together = moving(samples.Halving())(images, labels, indices=indices)
+    chunked = moving(samples.Halving(), max_batch=5)(images, labels, indices=indices)
+    assert torch.equal(chunked, together)
+    order = torch.tensor([3, 4, 0, 2, 1])
+    assert torch.equal(moving(samples.Halving())(images[order], labels[order], indices=indices[order]), together[order])
+    for i in range(5):
+        alone = moving(samples.Halving())(images[i : i + 1], labels[i : i + 1], indices=indices[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+    assert not torch.equal(moving(samples.Halving(), seed=1)(images, labels, indices=indices), together)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_moves_do_not_wait_for_the_device(device: str) -> None:
+    source = Classifier(samples.Network().eval(), (0.5, 0.5), (0.2, 0.2), samples.CLASSES).to(device)
+    images, labels, indices = test_no_sync.batch(device)
+    with NoSync(device):
+        assert moving(source)._run(source, images, labels, indices).device.type == device
+
+
+def test_combinations_show_the_product_of_all_copies() -> None:
+    """Mixes, scales, masks of the spectrum and of blocks: 2 x 2 x 3 x 4 views of an image, each different."""
+    model = samples.Halving()
+    attack = create(
+        "admix+dim+ssm+tim+maskblock",
+        model,
+        pool=samples.pool(3),
+        num_scale=2,
+        num_admix=2,
+        resize_rate=1.5,
+        num_spectrum=3,
+        num_block=2,
+        steps=1,
+    )
+    assert [type(transform).__name__ for transform in attack.transforms] == [
+        "Mixes",
+        "Scales",
+        "InputDiversity",
+        "SpectrumMask",
+        "BlockMasks",
+    ]
+    assert attack.copies == 48
+    images, labels = samples.photos(2), samples.labels_of(2)
+    adv = attack(images, labels)
+    assert sum(model.batches) == 2 * 48
+    assert torch.equal(replace(attack, max_batch=10)(images, labels), adv)
+    assert create("admix+sim", model, pool=samples.pool(3)).copies == 15
 
 
 def test_frequencies_are_weighted_each_on_its_own() -> None:
