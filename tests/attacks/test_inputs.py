@@ -33,13 +33,15 @@ from alignfast.attacks import (
     UniformScales,
     Warp,
     create,
+    graph,
 )
 from alignfast.attacks.views import Views
 from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.ops import philox_uniform
-from tests.attacks import samples, test_engine, test_no_sync
+from tests.attacks import samples, test_engine, test_graph, test_no_sync
 from tests.attacks.no_sync import NoSync
+from tests.attacks.tape import Taping
 from tests.attacks.test_presets import (
     ALPHA,
     BASE,
@@ -376,6 +378,13 @@ def test_no_step_with_a_pool_waits_for_the_device(name: str, device: str) -> Non
             object.__setattr__(transform, "pool", samples.pool(3).to(device))
     with NoSync(device):
         assert attack._run(source, images, labels, indices).device.type == device
+
+
+@pytest.mark.parametrize("name", sorted(POOLED))
+def test_a_graph_replays_the_attack_with_a_pool(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taping = Taping()
+    monkeypatch.setitem(graph.CAPTURES, "cpu", taping)
+    test_graph.test_replays_are_the_plain_attack(name, {"max_batch": 4}, taping)
 
 
 @pytest.mark.parametrize("name", sorted(POOLED))

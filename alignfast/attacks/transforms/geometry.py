@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignfast.attacks.transforms.sampling import interpolate, take
+from alignfast.attacks.transforms.sampling import take, weights
 from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.transforms.warps import warp
 from alignfast.attacks.views import Views
@@ -76,7 +76,7 @@ class RandomCrop(Transform):
         height, width = rows.shape[-2:]
         y, x = self._sampled(height, 0, rows, draws), self._sampled(width, 2, rows, draws)
         x = torch.where(draws.uniform(4).flatten()[:, None] < self.flip, x.flip(1), x)
-        return interpolate(rows, *torch.broadcast_tensors(y[:, :, None], x[:, None, :]))
+        return weights(y, height)[:, None] @ rows @ weights(x, width)[:, None].mT
 
     def _sampled(self, size: int, purpose: int, rows: Tensor, draws: Draws) -> Tensor:
         """[B, size]: where the pixels of one axis come from."""
