@@ -32,7 +32,7 @@ CLANG_FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard t
 
 help:
 	@echo 'make test     linters, type checker and tests, also under the sanitizers'
-	@echo 'make sanitize tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
+	@echo 'make sanitize all tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
 	@echo 'make bench    ops, attacks and alignment against their peers and the hardware (ARGS="--quick" is short)'
 	@echo 'make machine-code  registers, spills, access widths and occupancy of every GPU kernel (ARGS="--json FILE")'
@@ -49,7 +49,7 @@ test: $(BUILT)
 	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CLANG_FORMATTED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
-	$(PY) tests/native/sanitize.py
+	$(PY) tests/native/sanitize.py -p tests.covering
 
 sanitize: $(BUILT)
 	$(PY) tests/native/sanitize.py $(ARGS)

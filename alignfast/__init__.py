@@ -3,7 +3,7 @@
 from alignfast import attacks
 from alignfast.alignment import AlignConfig, AlignResult, align
 from alignfast.evaluation import TransferMatrix, transfer_matrix
-from alignfast.models import Classifier, Ensemble, load_checkpoint, load_model, save_checkpoint
+from alignfast.models import Classifier, Ensemble, load_checkpoint, load_model, prepare, save_checkpoint
 from alignfast.versions import package_versions
 
 __version__ = package_versions()["alignfast"]
@@ -18,6 +18,7 @@ __all__ = [
     "attacks",
     "load_checkpoint",
     "load_model",
+    "prepare",
     "save_checkpoint",
     "transfer_matrix",
 ]

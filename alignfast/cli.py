@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from alignfast.alignment import AlignConfig, align
 from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
-from alignfast.attacks import PRESETS, create
+from alignfast.attacks import create
 from alignfast.attacks.presets import parameters_of
 from alignfast.bench.run import bench_command
 from alignfast.checks import check_choice, check_count, check_device
@@ -41,6 +41,22 @@ from alignfast.models import Classifier, fingerprint, save_checkpoint
 from alignfast.progress import progress
 from alignfast.versions import package_versions
 
+
+def _list_attacks(wanted: bool) -> None:
+    if not wanted:
+        return
+    from alignfast.attacks.catalog import catalog
+
+    table = Table(box=None)
+    for title in ("name", "copies", "passes", "components", "paper"):
+        table.add_column(title, overflow="fold", no_wrap=title == "name")
+    for entry in catalog():
+        table.add_row(entry.name, str(entry.copies), str(entry.passes), " ".join(entry.components), entry.paper)
+    Console(width=None if sys.stdout.isatty() else LINE, markup=False).print(table)
+    print("copies: views of an image in each gradient. passes: forward and backward passes an image and step.")
+    raise typer.Exit
+
+
 app = typer.Typer(
     name="alignfast",
     help="Align source classifiers to witnesses, attack them, and measure the transfer to unseen targets.",
@@ -53,6 +69,8 @@ SPREAD = ("--targets",)
 # Above this, an unreadable image stops the run when its turn comes, instead of before it.
 MOST_VERIFIED = 2000
 INTERRUPTED = 130
+# Columns of a table that goes to a file.
+LINE = 200
 # typer keeps its parser's exceptions to itself; every usage error has this base.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, ConnectionError)
@@ -218,9 +236,12 @@ def align_command(
 @app.command("attack")
 def attack_command(
     model: Annotated[str, typer.Option(help=f"The source. {MODEL_HELP}")],
-    attack: Annotated[str, typer.Option(help=", ".join(PRESETS))],
+    attack: Annotated[str, typer.Option(help='A name of --list, or several combined as in "dim+tim+sim+vmifgsm".')],
     data: Data,
     out: Out,
+    list_: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_attacks, help="Print all attacks, and leave.")
+    ] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the source.")] = None,
     eps: Annotated[str | None, typer.Option(help="Radius, such as 8/255.")] = None,
     alpha: Annotated[str | None, typer.Option(help="Step size, such as 2/255.")] = None,
@@ -255,7 +276,7 @@ def attack_command(
         model=fingerprint(source),
         seed=seed,
         eps=engine.eps,
-        norm="linf",
+        norm=engine.step.norm,
         data=data,
         num_classes=source.num_classes,
     )
@@ -268,7 +289,7 @@ def attack_command(
             aims = None if dataset.targets is None else dataset.targets[indices]
             wanted = aims if targeted and aims is not None else labels
             adversarial = engine(images.to(place), wanted.to(place), indices=indices.to(place)).cpu()
-            writer.add(quantise(adversarial, eight_bit(images), engine.eps), labels, indices, aims)
+            writer.add(quantise(adversarial, eight_bit(images), engine.eps, engine.step.norm), labels, indices, aims)
             advance(len(images), "")
     print(f"{len(subset)} images in {folder}")
 

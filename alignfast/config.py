@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from alignfast.attacks import PRESETS
-from alignfast.attacks.presets import parameters_of
+from alignfast.attacks import names_of, parameters_of
 from alignfast.checks import check_choice, check_known
 from alignfast.models import Classifier, Ensemble, load_model
 
@@ -77,7 +76,7 @@ def attack_spec(where: str, spec: Any) -> dict[str, Any]:
     """A mapping of an attack's name and parameters, with texts turned into what the parameters are."""
     if not isinstance(spec, dict) or "name" not in spec:
         raise ValueError(f"{where}: got {spec!r}; allowed is a mapping with the name of an attack")
-    name = check_choice(f"{where}.name", str(spec["name"]).lower(), PRESETS)
+    name = "+".join(names_of(str(spec["name"]), f"{where}.name"))
     allowed = parameters_of(name)
     given = {key: value for key, value in spec.items() if key != "name"}
     check_known(where, "key", given, allowed)
@@ -90,9 +89,14 @@ def typed(where: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, bool):
         return check_choice(where, value.lower(), ("true", "false")) == "true"
+    if isinstance(default, (list, tuple)):
+        return [typed(where, part.strip(), default[0]) for part in value.split(",")]
     try:
-        return int(value) if isinstance(default, int) or default is None else number(value)
+        return number(value) if isinstance(default, float) else int(value)
     except ValueError:
+        # Without a default it may be a name, of which the attack knows more.
+        if default is None:
+            return value
         kind = "a number or a fraction such as 4/255" if isinstance(default, float) else "a whole number"
         raise ValueError(f"{where}: got {value!r}; allowed is {kind}") from None
 

@@ -15,7 +15,8 @@ SLOTS = 32
 START_SLOT = 0
 # Transforms have the slots from here on, in their order.
 FIRST_SLOT = 1
-# What an estimator draws of its own, and a source.
+# What an objective draws of its own, an estimator, and a source.
+OBJECTIVE_SLOT = SLOTS - 3
 SAMPLE_SLOT = SLOTS - 2
 SOURCE_SLOT = SLOTS - 1
 # The passes of one step draw under copy numbers of their own, so many each.

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import alignfast as af
 from alignfast import cli
+from alignfast.attacks import PRESETS
 from alignfast.config import MatrixConfig, number
 
 MODEL = "timm:test_resnet"
@@ -122,6 +123,27 @@ def test_targeted_attack_uses_the_targeted_labels(photos: Path, checkpoints: tup
     expected = af.attacks.BIM(model, 8 / 255, 4 / 255, 2, targeted=True)(images, torch.tensor([1]))
     written = torch.tensor(pixels(tmp_path / "adv" / "images" / "0.png")).permute(2, 0, 1)
     assert ((expected[0] * 255).round() != written).float().mean() < 0.01
+
+
+def test_attacks_combine_and_know_their_norm(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "adv"
+    assert cli.run(attack(photos, checkpoints[0], out, "--param", "decay=0.5", name="DIFGSM+mifgsm")) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["attack"] == "difgsm+mifgsm"
+    assert manifest["parameters"]["decay"] == 0.5
+    assert manifest["parameters"]["resize_rate"] == 0.9
+    assert manifest["norm"] == "linf"
+
+
+def test_the_list_of_attacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["attack", "--list"]) == 0
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in printed.splitlines()[1:-1]}
+    assert set(PRESETS) <= set(lines)
+    assert lines["vnifgsm"].split()[1:3] == ["1", "6"]
+    assert "VarianceTuning()" in lines["vnifgsm"]
+    assert "SignStep(momentum=1.0, nesterov=True)" in lines["vnifgsm"]
+    assert "Wang and He, CVPR 2021" in lines["vnifgsm"]
 
 
 def test_limit_spreads_over_the_data_set(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:

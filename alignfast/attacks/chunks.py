@@ -29,8 +29,11 @@ class Chunks:
         return min(wanted, max(1, self.rows // max(each, 1)))
 
     @contextmanager
-    def measuring(self, source: nn.Module, rows: Tensor) -> Iterator[None]:
-        """Measures by the first pass through it, forward and backward, what a row keeps for its backward pass."""
+    def measuring(self, source: nn.Module, rows: Tensor, parts: int = 1) -> Iterator[None]:
+        """Measures by the first pass through it, forward and backward, what a row keeps for its backward pass.
+
+        parts: how many such sources later passes may go through at once.
+        """
         if self.rows is not None:
             yield
             return
@@ -46,7 +49,7 @@ class Chunks:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
         # The gradient of an activation is there beside it.
-        of_a_row = max(1, 2 * sum(kept.values()) // len(rows))
+        of_a_row = max(1, 2 * parts * sum(kept.values()) // len(rows))
         self.rows = max(1, (self.memory or _budget(rows.device)) // of_a_row)
 
 

@@ -20,7 +20,8 @@ class Start:
 
     images: [N, C, H, W]. labels, indices: int64 [N]. adv: where the first step begins. rehearse(rule, steps, alpha):
     runs the attack with this step rule for so many steps of that size, from `adv`, and gives what the rule keeps after
-    them. draws: of one copy; those of this copy number and the next 65,535 are the component's own.
+    them. draws: of one copy; those of this copy number and the next 65,535 are the component's own. guide(objective):
+    the images after the attack with this objective instead of its own; None outside an attack.
     """
 
     source: Classifier
@@ -32,6 +33,7 @@ class Start:
     alpha: float
     rehearse: Callable[..., Memory]
     draws: Draws
+    guide: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)

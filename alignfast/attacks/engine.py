@@ -22,7 +22,7 @@ from alignfast.attacks.state import State
 from alignfast.attacks.steps import SignStep, StepRule
 from alignfast.attacks.transforms import Transform
 from alignfast.checks import check_count, check_images, check_labels, check_number
-from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, SAMPLE_SLOT, START_SLOT, Draws
+from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, OBJECTIVE_SLOT, START_SLOT, Draws
 from alignfast.models import Classifier, as_classifier, evaluating
 
 PLAIN, SIGN, CROSS_ENTROPY = Plain(), SignStep(), CrossEntropy()
@@ -87,7 +87,7 @@ class Attack:
         for name in ("max_batch", "memory"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        most = SAMPLE_SLOT - FIRST_SLOT
+        most = OBJECTIVE_SLOT - FIRST_SLOT
         if len(self.transforms) > most:
             raise ValueError(f"transforms: got {len(self.transforms)}; allowed are at most {most}")
         if self.passes > COPIES_PER_PASS:
@@ -149,16 +149,15 @@ class Attack:
         number = torch.zeros((), dtype=torch.int64, device=images.device)
         draws = Draws(self.seed, number, indices, torch.zeros_like(indices[:1]), START_SLOT)
         adv = self._first(images, draws)
+        given = (source, images, labels, indices)
         start = partial(
             Start,
-            source,
-            images,
-            labels,
-            indices,
+            *given,
             adv,
             self.eps,
             self.alpha,
-            partial(self._rehearse, source, images, labels, indices),
+            partial(self._rehearse, *given),
+            guide=partial(self._guide, *given),
         )
         kept = (self.step, self.estimator, self.objective)
         # The first point itself is drawn under the first numbers of copies.
@@ -178,11 +177,20 @@ class Attack:
         steps: int,
         alpha: float,
     ) -> Memory:
+        return self._trial(source, images, labels, indices, step=rule, steps=steps, alpha=alpha).step
+
+    def _guide(
+        self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor, objective: Objective
+    ) -> Tensor:
+        return self._trial(source, images, labels, indices, objective=objective).adv
+
+    def _trial(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor, **changes: Any) -> State:
+        """Where the attack ends with some of its parts changed."""
         # Another key, so that the attack itself does not draw the same again.
-        other = replace(self, step=rule, steps=steps, alpha=alpha, seed=self.seed ^ 2**63)
+        other = replace(self, **changes, seed=self.seed ^ 2**63)
         trial = other._start_state(source, images, labels, indices)
         other._loop(trial, partial(other._step, source))
-        return trial.step
+        return trial
 
     def _step(self, source: Classifier, state: State, last: bool) -> None:
         """One step, in place. Nothing here may wait for the device or depend on how many steps came before."""

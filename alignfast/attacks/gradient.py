@@ -12,17 +12,23 @@ from torch import Tensor
 from alignfast.attacks.chunks import Chunks
 from alignfast.attacks.component import Memory
 from alignfast.attacks.objectives import Objective
-from alignfast.attacks.observe import Seen, observe
+from alignfast.attacks.observe import Seen, check_layers, observe
 from alignfast.attacks.transforms import Transform
 from alignfast.attacks.views import Views
-from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, SAMPLE_SLOT, SOURCE_SLOT, Draws
+from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, OBJECTIVE_SLOT, SAMPLE_SLOT, SOURCE_SLOT, Draws
 from alignfast.models import Classifier
 from alignfast.ops import Noise, diversify
+
+# Below this a gradient counts as zero: its reciprocal must be finite.
+LEAST_PULL = 1e-35
 
 
 @dataclass(frozen=True)
 class Task:
-    """What gradients are taken of, but for the points. draws: of the step, without copies."""
+    """What gradients are taken of, but for the points. draws: of the step, without copies.
+
+    parts: how many such sources the attack's own is made of, as far as memory is concerned.
+    """
 
     source: Classifier
     objective: Objective
@@ -31,6 +37,7 @@ class Task:
     transforms: Sequence[Transform]
     draws: Draws
     chunks: Chunks
+    parts: int = 1
 
     @property
     def views(self) -> int:
@@ -78,8 +85,19 @@ class Gradient:
 
     @property
     def members(self) -> list[Gradient]:
-        """The same for each model that the source is made of, alone."""
-        return [Gradient(replace(self._task, source=member)) for member in self._task.source.members]
+        """The same for each model that the source is made of, alone, each with draws from the first pass on."""
+        members = self.source.members
+        for member in members:
+            check_layers(member, self._task.objective.layers)
+        return [Gradient(replace(self._task, source=member, parts=len(members))) for member in members]
+
+    @property
+    def source(self) -> Classifier:
+        return self._task.source
+
+    def through(self, source: Classifier) -> Gradient:
+        """The same for another source, with draws from the first pass on."""
+        return Gradient(replace(self._task, source=source))
 
 
 class Look:
@@ -131,29 +149,61 @@ class Look:
     def _gradients(self, rows: Tensor, which: Tensor, draws: Draws) -> Tensor:
         """[R, C, H, W]: the gradient of every row, `which` saying the number of its view."""
         leaf = rows.detach().requires_grad_()
-        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf):
-            seen, gain = self._seen(leaf, which, draws)
+        with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf, self._task.parts):
+            seen = self._seen(leaf, which, draws)
+            if computes_in_half(self._task.source):
+                return self._scaled(seen, leaf)
             # A sum over images, not a mean: an image's gradient must not depend on how many others there are.
-            (grad,) = torch.autograd.grad(gain.sum() / len(seen.heads), leaf)
+            (grad,) = torch.autograd.grad(self._gain_of(seen).sum() / len(seen.heads), leaf)
         return grad
+
+    def _scaled(self, seen: Seen, leaf: Tensor) -> Tensor:
+        """The gradient through a model in float16, where each row's, as it enters the model, has a largest element of
+        about 1, so that it does not vanish on its way."""
+        shown = [seen.heads, *seen.features.values(), leaf]
+        ends = [tensor.detach().requires_grad_() for tensor in shown]
+        features = dict(zip(seen.features, ends[1:-1], strict=True))
+        probe = replace(seen, heads=ends[0], features=features, points=ends[-1])
+        gain = self._gain_of(probe).sum() / len(seen.heads)
+        pulls = torch.autograd.grad(gain, ends, materialize_grads=True)
+        # [B]; the heads of a row are the second dimension there.
+        sizes = [pulls[0].abs().amax((0, 2)), *(pull.abs().flatten(1).amax(1) for pull in pulls[1:])]
+        scale = torch.exp2(torch.stack(sizes).amax(0).clamp(min=LEAST_PULL).log2().ceil())
+        scaled = [pulls[0] / scale[:, None], *(pull / per_row(scale, pull) for pull in pulls[1:])]
+        (grad,) = torch.autograd.grad(shown, leaf, scaled)
+        # What overflowed on its way has no direction to give.
+        return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0) * per_row(scale, grad)
 
     @torch.no_grad()
     def _gains(self, rows: Tensor, which: Tensor, draws: Draws) -> Tensor:
-        seen, gain = self._seen(rows, which, draws)
-        return gain.reshape(len(seen.heads), -1).mean(0)
+        seen = self._seen(rows, which, draws)
+        return self._gain_of(seen).reshape(len(seen.heads), -1).mean(0)
 
-    def _seen(self, rows: Tensor, which: Tensor, draws: Draws) -> tuple[Seen, Tensor]:
+    def _gain_of(self, seen: Seen) -> Tensor:
+        return self._task.objective.gain(seen, seen.rows(self._task.labels), self._task.kept)
+
+    def _seen(self, rows: Tensor, which: Tensor, draws: Draws) -> Seen:
         views, stride, task = Views(rows), 1, self._task
         for slot, transform in enumerate(task.transforms, FIRST_SLOT):
             views = transform.view(views, which // stride % transform.copies, draws.at(slot))
             stride *= transform.copies
         seen = observe(task.source, views.render, task.objective.layers, draws.at(SOURCE_SLOT))
-        return seen, task.objective.gain(seen, seen.rows(task.labels), task.kept)
+        return replace(seen, points=rows, draws=draws.at(OBJECTIVE_SLOT))
 
     def _draws(self, copies: Tensor) -> Draws:
         if self.passes >= MOST_PASSES:
             raise ValueError(f"estimator: more than {MOST_PASSES} passes a step; allowed are at most so many")
         return replace(self._task.draws, copies=copies + COPIES_PER_PASS * self.passes)
+
+
+def computes_in_half(source: Classifier) -> bool:
+    """Whether some part of the source computes in float16, whose smallest numbers are too large for some gradients."""
+    return any(isinstance(part, Classifier) and part.dtype == torch.float16 for part in source.modules())
+
+
+def per_row(values: Tensor, rows: Tensor) -> Tensor:
+    """[B] in the shape that multiplies rows [B, ...]."""
+    return values.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _add_in_order(total: Tensor | None, parts: Tensor) -> Tensor:

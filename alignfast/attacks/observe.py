@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignfast.checks import hint
@@ -15,17 +16,22 @@ from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.models.classifier import Render
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Seen:
     """One pass over B rows, row k N + n being view k of image n.
 
     heads: [M, B, classes], the sets of logits whose gains are averaged; one for a single model. features: what the
-    named layers gave, [B, ...].
+    named layers gave, [B, ...], in float32 where that was in half precision. In a step also points: [B, C, H, W], what
+    the rows are views of, and draws: of the objective's own, for these copies and images.
     """
 
     heads: Tensor
     features: Mapping[str, Tensor]
+    points: Tensor | None = None
+    draws: Draws | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -42,6 +48,9 @@ def observe(source: Classifier, render: Render, layers: Sequence[str] = (), draw
     """One forward pass over the batch that `render` builds."""
     with _keeping(source.module, layers) as features:
         heads = source.heads(render, draws)
+    for layer in layers:
+        if layer not in features:
+            raise ValueError(f"layers: {layer!r} has no part in a pass through the model; allowed are layers that have")
     return Seen(heads, features)
 
 
@@ -61,7 +70,8 @@ def _keeping(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Ten
     features: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        features[name] = output if isinstance(output, Tensor) else output[0]
+        given = output if isinstance(output, Tensor) else output[0]
+        features[name] = given.float() if given.dtype in HALF else given
 
     handles = [module.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from alignfast.attacks.component import Component
 from alignfast.checks import check_choice, check_count, check_number
 from alignfast.ops import smooth
 
-__all__ = ["Shaping", "Smoothing"]
+__all__ = ["FrequencyMask", "Shaping", "Smoothing"]
 
 
 class Shaping(Component):
@@ -60,3 +61,35 @@ class Smoothing(Shaping):
     def shape(self, grad: Tensor) -> Tensor:
         # Computed where the gradient is: a copy from the host would wait for the device at every step.
         return smooth(grad, self.weights(grad.device).to(grad.dtype))
+
+
+@dataclass(frozen=True)
+class FrequencyMask(Shaping):
+    """The gradient's low frequencies alone (Guo et al., UAI 2019; Sharma et al., IJCAI 2019): D^T (M * (D g D^T)) D.
+
+    D is the orthonormal DCT-II of a side and M keeps the `kept` share of the lowest frequencies of either side, rounded
+    up. The sign and the clamp that follow bring in other frequencies.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+    """
+
+    kept: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_number("kept", self.kept, low=0.0, high=1.0, open_low=True)
+
+    def shape(self, grad: Tensor) -> Tensor:
+        rows, columns = (self._projection(side, grad) for side in grad.shape[-2:])
+        # One product for each image and channel, so that it does not depend on how many there are.
+        planes = grad.flatten(0, 1)
+        shaped = rows.expand(len(planes), -1, -1) @ planes @ columns.expand(len(planes), -1, -1)
+        return shaped.reshape(grad.shape)
+
+    def _projection(self, side: int, grad: Tensor) -> Tensor:
+        """[side, side]: onto the cosines of the lowest frequencies."""
+        frequency = torch.arange(math.ceil(self.kept * side), dtype=torch.float64, device=grad.device)[:, None]
+        place = torch.arange(side, dtype=torch.float64, device=grad.device) + 0.5
+        cosines = torch.cos(math.pi / side * frequency * place) * math.sqrt(2 / side)
+        cosines[0].mul_(math.sqrt(0.5))
+        return (cosines.T @ cosines).to(grad.dtype)

@@ -4,6 +4,7 @@ from alignfast.models.checkpoint import fingerprint, load_checkpoint, save_check
 from alignfast.models.classifier import Classifier, as_classifier, evaluating, fit_size, keeping_modes
 from alignfast.models.ensemble import Ensemble
 from alignfast.models.loading import load_model
+from alignfast.models.preparation import prepare
 
 __all__ = [
     "Classifier",
@@ -15,5 +16,6 @@ __all__ = [
     "keeping_modes",
     "load_checkpoint",
     "load_model",
+    "prepare",
     "save_checkpoint",
 ]

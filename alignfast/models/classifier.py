@@ -39,6 +39,9 @@ class Classifier(nn.Module):
 
     Raises:
         ValueError: mean and std of different lengths, a std that is not positive, or sizes below 1.
+
+    Attributes:
+        dtype, memory_format: in which `module` takes its input, as `prepare` sets them; None for that of the images.
     """
 
     mean: Tensor | None
@@ -65,6 +68,8 @@ class Classifier(nn.Module):
         for size in input_size or ():
             check_count("input_size", size)
         self.module = module
+        self.dtype: torch.dtype | None = None
+        self.memory_format = torch.contiguous_format
         self.num_classes = num_classes
         self.input_size = None if input_size is None else (input_size[0], input_size[1], input_size[2])
         for name, values in (("mean", mean), ("std", std)):
@@ -93,10 +98,10 @@ class Classifier(nn.Module):
         draws: of the copies and images in the rows of the batch, for models that change at random; None outside an
         attack.
         """
-        output = self.module(render(self.mean, self.std))
+        output = self.module(render(self.mean, self.std, self.dtype, self.memory_format))
         # Networks with auxiliary heads (Inception-v3, GoogLeNet) give a tuple in training mode, the logits first.
         logits: Tensor = output if isinstance(output, Tensor) else output[0]
-        return logits
+        return logits if self.dtype is None else logits.float()
 
     def heads(self, render: Render, draws: Draws | None = None) -> Tensor:
         """[1, B, num_classes]: the logits whose losses an attack averages; one set for a single model."""

@@ -59,13 +59,20 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "bsr": {"num_scale": 2},
     "decowa": {"num_warping": 2, "rho": 0.5},
     "dim": {"resize_rate": 1.5},
+    "emifgsm": {"num_sample": 3},
+    "gifgsm": {"pre_epoch": 2},
+    "gra": {"num_neighbor": 3},
+    "ifgssm": {"stairs": 7},
     "maskblock": {"num_block": 2},
+    "pgdl2": {"eps": 1.0, "alpha": 0.3},
+    "pgn": {"num_neighbor": 2},
     "sia": {"num_scale": 2},
     "ssm": {"num_spectrum": 2},
     "usmm": {"num_scale": 2, "num_mix": 2, "pool": pool(3)},
 }
 # Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.
 PARTICULAR = {"admix", "usmm"}
+PARTICULAR |= {"adaea", "cwa", "fia", "ila", "jitter", "logit", "naa", "potrip", "rpa", "svre", "tap", "tpgd"}
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]
 
 

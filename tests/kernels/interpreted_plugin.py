@@ -4,7 +4,6 @@ Triton reads the variable when a kernel is defined, so it is set before anything
 """
 
 import os
-from collections import Counter
 from functools import cache
 from types import SimpleNamespace
 
@@ -14,6 +13,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from tests.covering import by_function, covering
 
 # Of a property, in place of some dozens.
 EXAMPLES = 6
@@ -86,33 +87,6 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
     config.get_terminal_writer().line(f"interpreted: {len(items)} of {found} tests")
-
-
-def by_function(items):
-    found = {}
-    for item in items:
-        found.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return found
-
-
-def covering(items):
-    """Few items of one test function that have every value of every parameter between them."""
-    values = {id(item): values_of(item) for item in items}
-    missing = set().union(*values.values())
-    chosen, uses = [], Counter()
-    while missing or not chosen:
-        # Of equally good ones that with the values that are rarest so far, and then the first: the choice is always
-        # the same.
-        best = max(items, key=lambda item: (len(values[id(item)] & missing), -sum(uses[v] for v in values[id(item)])))
-        chosen.append(best)
-        missing -= values[id(best)]
-        uses.update(values[id(best)])
-    return chosen
-
-
-def values_of(item):
-    # By identity, as values may be tensors; combinations share them.
-    return {(name, id(value)) for name, value in item.callspec.params.items()} if hasattr(item, "callspec") else set()
 
 
 def limit_examples(test):

@@ -28,9 +28,9 @@ def test_logits_are_the_modules_on_normalised_images(dtype):
     x = images(dtype=dtype)
     wanted = inner(normalize(x, MEAN, STD))
     model = Classifier(inner, **TEN).to(dtype)
-    for logits in (model(x), model.logits(x), model.heads(lambda mean, std: normalize(x, MEAN, STD))[0]):
+    for logits in (model(x), model.logits(x), model.heads(lambda mean, std, *_: normalize(x, MEAN, STD))[0]):
         torch.testing.assert_close(logits, wanted)
-    assert model.heads(lambda mean, std: normalize(x, MEAN, STD)).shape == (1, 4, 10)
+    assert model.heads(lambda mean, std, *_: normalize(x, MEAN, STD)).shape == (1, 4, 10)
     assert model(x[:0]).shape == (0, 10)
 
 
@@ -39,7 +39,7 @@ def test_without_mean_and_std_the_module_is_given_the_images():
     x = images()
     assert torch.equal(Classifier(inner)(x), x.flatten(1))
     seen = []
-    Classifier(inner).logits_of(lambda mean, std: seen.append((mean, std)) or x)
+    Classifier(inner).logits_of(lambda mean, std, *_: seen.append((mean, std)) or x)
     assert seen == [(None, None)]
 
 

@@ -56,7 +56,7 @@ def test_what_an_attack_averages(combine):
         "losses": torch.stack([cross_entropy(one, labels) for one in logits]).mean(),
     }[combine]
     ensemble = Ensemble(models, combine)
-    heads = ensemble.heads(lambda mean, std: x if mean is None else (x - mean[:, None, None]) / std[:, None, None])
+    heads = ensemble.heads(lambda mean, std, *_: x if mean is None else (x - mean[:, None, None]) / std[:, None, None])
     assert heads.shape == (3 if combine == "losses" else 1, 6, 7)
     loss = torch.stack([cross_entropy(head, labels) for head in heads]).mean()
     torch.testing.assert_close(loss, wanted)
@@ -73,7 +73,7 @@ def test_underflowing_probabilities_stay_finite():
     one, other = nn.Flatten(), nn.Flatten()
     x = torch.zeros(1, 3, 1, 1)
     ensemble = Ensemble([one, other], "probabilities")
-    logits = ensemble.logits_of(lambda mean, std: x + torch.tensor([0.0, 2000.0, -2000.0])[None, :, None, None])
+    logits = ensemble.logits_of(lambda mean, std, *_: x + torch.tensor([0.0, 2000.0, -2000.0])[None, :, None, None])
     torch.testing.assert_close(logits, torch.tensor([[-2000.0, 0.0, -4000.0]]))
 
 

@@ -53,9 +53,9 @@ def create(name: str, source: nn.Module, **parameters: Any) -> Attack:
     return combine(dict(zip(names, attacks, strict=True))) if len(attacks) > 1 else attacks[0]
 
 
-def names_of(name: str) -> list[str]:
-    """The presets in `name`; ValueError for one that there is not."""
-    return [check_choice("attack", part.strip(), PRESETS) for part in name.lower().split("+")]
+def names_of(name: str, argument: str = "attack") -> list[str]:
+    """The presets in `name`; ValueError about `argument` for one that there is not."""
+    return [check_choice(argument, part.strip(), PRESETS) for part in name.lower().split("+")]
 
 
 def parameters_of(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import Plain
 from alignfast.attacks.objectives import CrossEntropy
-from alignfast.attacks.steps import SignStep
+from alignfast.attacks.steps import SignStep, StepRule
 
 # Of these components an attack has one; the usual one gives way to any other.
 USUAL: dict[str, type] = {"estimator": Plain, "step": SignStep, "objective": CrossEntropy}
@@ -20,11 +20,12 @@ SEVERAL = ("transforms", "shaping")
 def combine(attacks: Mapping[str, Attack]) -> Attack:
     """One attack with the components of all, by name, on the source of the last.
 
-    Transforms and shapings follow each other in the order given, equal ones once. Of sign steps, the largest momentum
-    counts, and Nesterov's look-ahead if one of them has it. Random starts are taken over from any.
+    Transforms and shapings follow each other in the order given, equal ones once. Of step rules with momentum, the
+    largest momentum counts, and Nesterov's look-ahead if one of them has it. Random starts are taken over from any.
 
     Raises:
-        ValueError: two that ask for different estimators, step rules or objectives, or for different numbers.
+        ValueError: two that ask for different estimators, step rules or objectives, or for different numbers; momentum
+            with a step rule that takes none.
     """
     *_, last = attacks.values()
     merged: dict[str, Any] = {}
@@ -41,9 +42,8 @@ def _merged(role: str, values: Mapping[str, Any]) -> Any:
     if role in SEVERAL:
         parts = [part for several in values.values() for part in several]
         return [part for place, part in enumerate(parts) if part not in parts[:place]]
-    if role == "step" and all(type(step) is SignStep for step in values.values()):
-        steps = values.values()
-        return SignStep(max(step.momentum for step in steps), any(step.nesterov for step in steps))
+    if role == "step":
+        values = _with_momentum(values)
     usual = USUAL.get(role)
     telling = {name: value for name, value in values.items() if usual is None or type(value) is not usual}
     kept = telling or dict(values)
@@ -55,3 +55,18 @@ def _merged(role: str, values: Mapping[str, Any]) -> Any:
                 "combination"
             )
     return first
+
+
+def _with_momentum(steps: Mapping[str, StepRule]) -> dict[str, StepRule]:
+    """The same rules, those that take momentum with the momentum that all of them are to have."""
+    taking = {name: step for name, step in steps.items() if isinstance(step, SignStep)}
+    momentum = max((step.momentum for step in taking.values()), default=0.0)
+    nesterov = any(step.nesterov for step in taking.values())
+    for name, step in steps.items():
+        if momentum and name not in taking:
+            other = next(key for key, value in taking.items() if value.momentum)
+            raise ValueError(
+                f"attack: {other} has momentum, which the step {step!r} of {name} does not take; allowed with it are "
+                "attacks without momentum (decay=0)"
+            )
+    return dict(steps) | {name: replace(step, momentum=momentum, nesterov=nesterov) for name, step in taking.items()}

@@ -10,16 +10,45 @@ from typing import Unpack
 from torch import nn
 
 from alignfast.attacks.engine import Attack
-from alignfast.attacks.estimators import VarianceTuning
+from alignfast.attacks.estimators import (
+    EnhancedMomentum,
+    Expectation,
+    GradientRelevance,
+    PenalizedNorm,
+    VarianceTuning,
+)
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
-from alignfast.attacks.steps import SignStep
+from alignfast.attacks.shaping import FrequencyMask, Smoothing
+from alignfast.attacks.steps import (
+    AdaptiveTanhStep,
+    CornerStart,
+    DecayingStep,
+    GlobalMomentum,
+    L2Step,
+    PatchwiseStep,
+    SignStep,
+    StaircaseStep,
+)
 
 __all__ = [
+    "AIFGTM",
     "BIM",
+    "EMIFGSM",
+    "EOTPGD",
+    "FFGSM",
     "FGSM",
+    "GIFGSM",
+    "GRA",
+    "IFGSSM",
+    "LFIFGSM",
     "MIFGSM",
     "NIFGSM",
     "PGD",
+    "PGDL2",
+    "PGN",
+    "PIFGSM",
+    "PIFGSMPP",
+    "RFGSM",
     "VMIFGSM",
     "VNIFGSM",
 ]
@@ -100,3 +129,174 @@ def VNIFGSM(
     """Nesterov momentum with variance tuning over N neighbours (Wang and He, CVPR 2021)."""
     step = SignStep(decay, nesterov=True)
     return build(source, eps, alpha, steps, estimator=VarianceTuning(N, beta), step=step, **options)
+
+
+def PGN(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_neighbor: int = 20,
+    beta: float = 3.0,
+    gamma: float = 0.5,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum toward flat maxima, the gradient's norm penalised by gamma (Ge et al., NeurIPS 2023)."""
+    estimator = PenalizedNorm(num_neighbor, beta, gamma)
+    return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
+
+
+def GRA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_neighbor: int = 20,
+    beta: float = 3.5,
+    eta: float = 0.94,
+    **options: Unpack[Options],
+) -> Attack:
+    """Neighbours' gradients weighted by relevance, steps that shrink where signs turn (Zhu et al., ICCV 2023)."""
+    estimator, step = GradientRelevance(num_neighbor, beta), DecayingStep(decay, eta=eta)
+    return build(source, eps, alpha, steps, estimator=estimator, step=step, **options)
+
+
+def EMIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_sample: int = 11,
+    radius: float = 7.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over samples along the last gradient (Wang et al., BMVC 2021)."""
+    estimator = EnhancedMomentum(num_sample, radius)
+    return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
+
+
+def PGDL2(
+    source: nn.Module,
+    eps: float = 1.0,
+    alpha: float = 0.2,
+    steps: int = STEPS,
+    random_start: bool = True,
+    **options: Unpack[Options],
+) -> Attack:
+    """PGD in the L2 norm, eps and alpha being L2 distances (Madry et al., ICLR 2018)."""
+    return build(source, eps, alpha, steps, step=L2Step(), random_start=random_start, **options)
+
+
+def RFGSM(
+    source: nn.Module, eps: float = EPS, alpha: float = ALPHA, steps: int = STEPS, **options: Unpack[Options]
+) -> Attack:
+    """BIM from alpha times random signs (Tramer et al., ICLR 2018)."""
+    return build(source, eps, alpha, steps, step=CornerStart(radius=alpha), random_start=True, **options)
+
+
+def FFGSM(source: nn.Module, eps: float = EPS, alpha: float = 10 / 255, **options: Unpack[Options]) -> Attack:
+    """One step from a random point of the ball (Wong et al., ICLR 2020)."""
+    return build(source, eps, alpha, 1, random_start=True, **options)
+
+
+def EOTPGD(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    eot_iter: int = 2,
+    random_start: bool = True,
+    **options: Unpack[Options],
+) -> Attack:
+    """PGD on the mean gradient of eot_iter draws of a model or transform (Zimmermann, arXiv 2019)."""
+    return build(source, eps, alpha, steps, estimator=Expectation(eot_iter), random_start=random_start, **options)
+
+
+def GIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    pre_epoch: int = 5,
+    s: float = 10.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum that begins as after pre_epoch steps of s alpha (Wang et al., arXiv 2022)."""
+    return build(source, eps, alpha, steps, step=GlobalMomentum(decay, steps=pre_epoch, factor=s), **options)
+
+
+def IFGSSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    stairs: int = 64,
+    **options: Unpack[Options],
+) -> Attack:
+    """Steps in as many sizes as there are stairs, by the quantiles of the gradient (Gao et al., arXiv 2021)."""
+    return build(source, eps, alpha, steps, step=StaircaseStep(decay, stairs=stairs), **options)
+
+
+def PIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = EPS / STEPS,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    amplification: float = 10.0,
+    kern_size: int = 3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Amplified steps whose excess goes to the neighbourhood; alpha is eps / steps (Gao et al., ECCV 2020)."""
+    step = PatchwiseStep(decay, amplification=amplification, size=kern_size)
+    return build(source, eps, alpha, steps, step=step, **options)
+
+
+def PIFGSMPP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = EPS / STEPS,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    amplification: float = 10.0,
+    project_factor: float = 0.8,
+    **options: Unpack[Options],
+) -> Attack:
+    """PI-FGSM on the smoothed gradient with a smaller spread part, as in torchattacks (Gao et al., arXiv 2020)."""
+    step = PatchwiseStep(decay, amplification=amplification, factor=project_factor, feedback=False)
+    return build(source, eps, alpha, steps, shaping=[Smoothing("gaussian", 3, 3.0)], step=step, **options)
+
+
+def AIFGTM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = EPS / STEPS,
+    steps: int = STEPS,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    mu_1: float = 1.5,
+    mu_2: float = 1.9,
+    lam: float = 1.3,
+    **options: Unpack[Options],
+) -> Attack:
+    """Adaptive moments, tanh instead of sign; alpha, eps / steps, is the mean step size (Zou et al., AAAI 2022)."""
+    step = AdaptiveTanhStep(beta_1, beta_2, mu_1, mu_2, lam)
+    return build(source, eps, alpha, steps, step=step, **options)
+
+
+def LFIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 0.0,
+    kept: float = 0.25,
+    **options: Unpack[Options],
+) -> Attack:
+    """BIM along the low frequencies of the gradient (Guo et al., UAI 2019; Sharma et al., IJCAI 2019)."""
+    return build(source, eps, alpha, steps, shaping=[FrequencyMask(kept)], step=SignStep(decay), **options)

@@ -10,6 +10,7 @@ from typing import Literal, Unpack
 from torch import Tensor, nn
 
 from alignfast.attacks.engine import Attack
+from alignfast.attacks.estimators import ConstrainedWarps
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
@@ -24,7 +25,6 @@ from alignfast.attacks.transforms import (
     SpectrumMask,
     UniformScales,
 )
-from alignfast.attacks.warping import ConstrainedWarps
 
 __all__ = [
     "BSR",

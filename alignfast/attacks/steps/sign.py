@@ -1,4 +1,4 @@
-"""Step rules: how the images move along the gradient."""
+"""What a step rule is, and those that `sign_step` carries out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from alignfast.attacks.component import Component, Memory, Position, Start
-from alignfast.checks import check_number
+from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
 from alignfast.ops import sign_step
 
-__all__ = ["L2Step", "SignStep", "StepRule"]
+__all__ = ["CornerStart", "GlobalMomentum", "L2Step", "SignStep", "StepRule"]
 
 
 class StepRule(Component):
@@ -70,6 +70,52 @@ class SignStep(StepRule):
             decay=self.momentum,
             norm=self.norm,
         )
+
+
+@dataclass(frozen=True)
+class CornerStart(SignStep):
+    """A sign step whose random start is r times random signs (R+FGSM, Tramer et al., ICLR 2018).
+
+    r is `radius`, or eps where that is less. momentum, nesterov: as in `SignStep`.
+
+    Raises:
+        ValueError: a negative momentum or radius.
+    """
+
+    radius: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("radius", self.radius, low=0.0)
+
+    def offset(self, images: Tensor, eps: float, draws: Draws) -> Tensor:
+        """To a corner of the cube of half-side r."""
+        radius = min(self.radius, eps)
+        signs: Tensor = draws.uniform(shape=tuple(images.shape[1:]), low=-1.0, high=1.0)[0].sign()
+        return radius * signs
+
+
+@dataclass(frozen=True)
+class GlobalMomentum(SignStep):
+    """GI (Wang et al., arXiv 2211.11236): the momentum begins as it is after `steps` steps of size s alpha.
+
+    The images themselves begin anew after these. s: `factor`. momentum, nesterov: as in `SignStep`.
+
+    Raises:
+        ValueError: a negative momentum or factor, or no step.
+    """
+
+    steps: int = 5
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("steps", self.steps)
+        check_number("factor", self.factor, low=0.0)
+
+    def memory(self, start: Start) -> Memory:
+        # A step of 1 leaves the ball or the range whatever its radius, as any longer one does.
+        return start.rehearse(SignStep(self.momentum, self.nesterov), self.steps, min(self.factor * start.alpha, 1.0))
 
 
 @dataclass(frozen=True)

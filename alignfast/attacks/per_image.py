@@ -1,0 +1,25 @@
+"""Arithmetic on the images of a batch, each on its own. Their last three dimensions are those of an image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMAGE = (-3, -2, -1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """[..., 1, 1, 1]: the sum of products, taken in float64."""
+    return (a.double() * b).sum(IMAGE, keepdim=True)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """[..., 1, 1, 1] in the dtype of `a`: the cosine between each two, 0 where one of them is zero throughout."""
+    lengths = (dot(a, a) * dot(b, b)).sqrt()
+    return torch.where(lengths > 0, dot(a, b) / lengths, 0).to(a.dtype)
+
+
+def over_mean(grad: Tensor) -> Tensor:
+    """grad / mean|grad|, which attacks call their L1 normalisation; zero where the image's gradient is."""
+    mean = grad.abs().mean(IMAGE, keepdim=True, dtype=torch.float64).to(grad.dtype)
+    return torch.where(mean > 0, grad / mean, 0)

@@ -1,0 +1,245 @@
+"""TransferAttack's attacks by its names, arguments and defaults (Trustworthy-AI-Group/TransferAttack, February 2026).
+
+    from alignfast.compat.transferattack import load_attack_class
+    attacker = load_attack_class("mifgsm")(model_name="resnet50", epsilon=16/255)
+    delta = attacker(images, labels)
+
+What differs on purpose: arguments that an attack does not know are refused instead of ignored; each image has draws of
+its own, from `seed`, instead of one for the batch from the global generator; an L2 start lies in the ball; images are
+written rounded, not truncated; models may be modules, and run on the CPU too.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from alignfast.attacks import PRESETS, Attack, L2Step, SignStep, parameters_of
+from alignfast.checks import check_choice, check_images, check_known, check_shape
+from alignfast.files import replacing
+from alignfast.models import Classifier, Ensemble, as_classifier, load_model
+
+__all__ = ["AdvDataset", "TransferAttack", "attack_zoo", "load_attack_class", "load_model_by_name", "save_images"]
+
+EPSILON = 16 / 255
+ALPHA = 1.6 / 255
+EPOCH = 10
+SIDE = 224
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One of TransferAttack's attacks: the preset that it is, its class and title there, the names of its arguments
+    where they differ from the preset's, and the defaults that do."""
+
+    preset: str
+    class_name: str
+    title: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def signature(self) -> dict[str, Any]:
+        """The arguments after model_name, with their defaults."""
+        own = {key: value for key, value in parameters_of(self.preset).items() if key not in RENAMED | OWN_OPTIONS}
+        back = {ours: theirs for theirs, ours in self.names.items()}
+        special = {back.get(key, key): value for key, value in own.items()}
+        iterated = {} if self.preset == "fgsm" else {"alpha": ALPHA, "epoch": EPOCH}
+        first = {"epsilon": EPSILON, **iterated, **special}
+        last = {"targeted": False, "random_start": False, "norm": "linfty", "loss": "crossentropy", "device": None}
+        return first | last | {"attack": self.title, "seed": 0} | dict(self.defaults)
+
+
+RENAMED = {"eps", "alpha", "steps"}
+# Of presets, with other names here or none; and the start, which every attack has here.
+OWN_OPTIONS = {"seed", "targeted", "max_batch", "memory", "cuda_graph", "random_start"}
+
+attack_zoo: dict[str, Peer] = {
+    "fgsm": Peer("fgsm", "FGSM", "FGSM"),
+    "ifgsm": Peer("bim", "IFGSM", "I-FGSM"),
+    "mifgsm": Peer("mifgsm", "MIFGSM", "MI-FGSM"),
+    "nifgsm": Peer("nifgsm", "NIFGSM", "NI-FGSM"),
+    "vmifgsm": Peer("vmifgsm", "VMIFGSM", "VMI-FGSM", {"num_neighbor": "N"}, {"num_neighbor": 20}),
+}
+
+
+def load_attack_class(attack_name: str) -> type[TransferAttack]:
+    """The class of the attack `attack_name`, any case.
+
+    Raises:
+        ValueError: an attack that is not here.
+    """
+    peer = attack_zoo[check_choice("attack_name", attack_name.lower(), attack_zoo)]
+    made: type[TransferAttack] = type(peer.class_name, (TransferAttack,), {"peer": peer, "__doc__": peer.title})
+    given, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    arguments = [
+        inspect.Parameter(name, given if name == "epsilon" else named, default=default)
+        for name, default in peer.signature().items()
+    ]
+    made.__signature__ = inspect.Signature([inspect.Parameter("model_name", given), *arguments])  # type: ignore[attr-defined]
+    return made
+
+
+class TransferAttack:
+    """An attack of TransferAttack, made by `load_attack_class`.
+
+    Args:
+        model_name: a name of torchvision.models or timm, with that library's newest weights; a list of names for
+            the mean of their logits; or a module that maps images in [0, 1] to logits.
+        epsilon, alpha: in units of [0, 1] images. epoch: the number of steps. All but the first two arguments are
+            given by name, since their order differs from attack to attack in TransferAttack.
+        targeted: labels are (true labels, labels to reach). random_start: begin at a random point of the ball.
+        norm: "linfty" or "l2". loss: "crossentropy". device: of the model; None leaves it where it is.
+        attack: a title. seed: of all draws. Further arguments are those of the attack.
+
+    Raises:
+        ValueError: an unknown argument, or one outside its range.
+    """
+
+    peer: ClassVar[Peer]
+
+    def __init__(self, model_name: str | Sequence[str] | nn.Module, epsilon: float = EPSILON, **named: Any) -> None:
+        defaults = self.peer.signature()
+        check_known(type(self).__name__, "argument", named, defaults)
+        self.arguments = defaults | {"epsilon": epsilon} | named
+        check_choice("norm", self.arguments["norm"], ("linfty", "l2"))
+        check_choice("loss", self.arguments["loss"], ("crossentropy",))
+        for name in ("targeted", "random_start"):
+            if not isinstance(self.arguments[name], bool):
+                raise ValueError(f"{name}: got {self.arguments[name]!r}; allowed is True or False")
+        self.model = load_model_by_name(model_name)
+        if self.arguments["device"] is not None:
+            self.model = self.model.to(self.arguments["device"])
+        self.device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+        self.attack = self._made()
+        self._seen = 0
+
+    def __call__(self, data: Tensor, label: Any, *, indices: Tensor | None = None) -> Tensor:
+        """The perturbations [N, C, H, W] of images [N, C, H, W] in [0, 1], on the model's device.
+
+        Args:
+            label: int64 [N]; for a targeted attack two of them, the true labels and those to reach.
+            indices: int64 [N], of the images in their data set, to which their draws belong; if None, images are
+                numbered in the order in which this attack is given them.
+
+        Raises:
+            ValueError, TypeError: bad input, before any model runs.
+        """
+        if self.arguments["targeted"]:
+            if len(label) != 2:
+                raise ValueError(f"label: got {len(label)}; allowed for a targeted attack are two, true and to reach")
+            label = label[1]
+        images, labels = data.to(self.device), torch.as_tensor(label).to(self.device)
+        if indices is None:
+            indices = torch.arange(self._seen, self._seen + len(images))
+        delta = self.attack(images, labels, indices=indices.to(self.device)) - images
+        self._seen += len(images)
+        return delta
+
+    def _made(self) -> Attack:
+        given, peer = self.arguments, self.peer
+        ours = {peer.names.get(name, name): value for name, value in given.items()}
+        ours |= {"eps": given["epsilon"], "alpha": given.get("alpha"), "steps": given.get("epoch")}
+        taken = {name: value for name, value in ours.items() if name in parameters_of(peer.preset)}
+        attack = PRESETS[peer.preset](self.model, **taken)
+        if given["norm"] == "l2":
+            if type(attack.step) is not SignStep:
+                raise ValueError(f"norm: got 'l2'; allowed is 'linfty', as {peer.title} has steps of its own")
+            attack = replace(attack, step=L2Step(attack.step.momentum, attack.step.nesterov))
+        return replace(attack, random_start=given["random_start"])
+
+
+def load_model_by_name(model_name: str | Sequence[str] | nn.Module) -> Classifier:
+    """The model of a name in torchvision.models or else timm, with that library's newest weights; of several names,
+    the mean of their logits; of a module, the module itself."""
+    if isinstance(model_name, nn.Module):
+        return as_classifier(model_name)
+    if not isinstance(model_name, str):
+        return Ensemble([load_model_by_name(name) for name in model_name])
+    if model_name in torchvision.models.list_models(module=torchvision.models):
+        return load_model(f"torchvision:{model_name}", weights="DEFAULT")
+    return load_model(f"timm:{model_name}", pretrained=True)
+
+
+class AdvDataset(Dataset[tuple[Tensor, Any, str]]):
+    """Images of a folder with labels.csv (filename, label and for targeted attacks targeted_label), 224 x 224.
+
+    An item is (image float32 [3, 224, 224] in [0, 1], label, filename), the label being [true, to reach] where
+    `targeted`. Images are read from input_dir/images, or with `eval` from output_dir, where `save_images` wrote them.
+
+    Raises:
+        FileNotFoundError: no labels.csv. ValueError: a column or an image that is missing.
+    """
+
+    def __init__(
+        self,
+        input_dir: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str] | None = None,
+        targeted: bool = False,
+        target_class: int | None = None,
+        eval: bool = False,
+    ) -> None:
+        if eval and output_dir is None:
+            raise ValueError("output_dir: got None; allowed with eval is the folder of the written images")
+        self.data_dir = Path(output_dir) if eval and output_dir is not None else Path(input_dir) / "images"
+        self.f2l = _labels(Path(input_dir) / "labels.csv", targeted, target_class)
+        self._paths = {name: self.data_dir / (written_name(name) if eval else name) for name in self.f2l}
+        missing = [str(path) for path in self._paths.values() if not path.is_file()]
+        if missing:
+            raise ValueError(f"input_dir: {len(missing)} images of labels.csv are missing, {missing[0]} first")
+        self._names = list(self.f2l)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any, str]:
+        name = self._names[index]
+        with Image.open(self._paths[name]) as image:
+            pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE)))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, self.f2l[name], name
+
+
+def save_images(output_dir: str | os.PathLike[str], adversaries: Tensor, filenames: Sequence[str]) -> None:
+    """Write images [N, 3, H, W] in [0, 1], rounded to 8 bits, as PNG under `filenames`.
+
+    A name that ends otherwise, as .JPEG, has its end replaced by .png, since a lossy format would change the images;
+    `AdvDataset` with eval looks for them so.
+    """
+    check_images("adversaries", adversaries)
+    check_shape("filenames", (len(filenames),), (len(adversaries),))
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    levels = (adversaries.detach().cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for pixels, name in zip(levels, filenames, strict=True):
+        with replacing(folder / written_name(name)) as temporary:
+            Image.fromarray(pixels).save(temporary)
+
+
+def written_name(filename: str) -> str:
+    return filename if filename.lower().endswith(".png") else f"{Path(filename).with_suffix('')}.png"
+
+
+def _labels(path: Path, targeted: bool, target_class: int | None) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"input_dir: {path} is not there; allowed is a folder with labels.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["filename", "label", *(["targeted_label"] if targeted and target_class is None else [])]
+    for column in columns:
+        if not rows or rows[0].get(column) is None:
+            raise ValueError(f"input_dir: {path} has no column {column}; allowed is one with {', '.join(columns)}")
+    if not targeted:
+        return {row["filename"]: int(row["label"]) for row in rows}
+    aims = [int(row["targeted_label"]) if target_class is None else target_class for row in rows]
+    return {row["filename"]: [int(row["label"]), aim] for row, aim in zip(rows, aims, strict=True)}
