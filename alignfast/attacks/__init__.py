@@ -7,9 +7,11 @@ from alignfast.attacks.ensemble_estimators import *
 from alignfast.attacks.estimators import base as base_estimators
 from alignfast.attacks.estimators import neighbors as neighbors_estimators
 from alignfast.attacks.estimators import paths as paths_estimators
+from alignfast.attacks.estimators import warps as warps_estimators
 from alignfast.attacks.estimators.base import *
 from alignfast.attacks.estimators.neighbors import *
 from alignfast.attacks.estimators.paths import *
+from alignfast.attacks.estimators.warps import *
 from alignfast.attacks.gradient import Gradient, Look
 from alignfast.attacks.objectives import base as base_objectives
 from alignfast.attacks.objectives import features as features_objectives
@@ -37,11 +39,13 @@ from alignfast.attacks.steps import sign as sign_steps
 from alignfast.attacks.steps.elementwise import *
 from alignfast.attacks.steps.sign import *
 from alignfast.attacks.transforms import blocks as blocks_transforms
+from alignfast.attacks.transforms import geometry as geometry_transforms
 from alignfast.attacks.transforms import linear as linear_transforms
 from alignfast.attacks.transforms import mixing as mixing_transforms
 from alignfast.attacks.transforms import spectrum as spectrum_transforms
 from alignfast.attacks.transforms import transform as transform_transforms
 from alignfast.attacks.transforms.blocks import *
+from alignfast.attacks.transforms.geometry import *
 from alignfast.attacks.transforms.linear import *
 from alignfast.attacks.transforms.mixing import *
 from alignfast.attacks.transforms.spectrum import *
@@ -53,6 +57,7 @@ __all__ += ensemble_estimators.__all__
 __all__ += base_estimators.__all__
 __all__ += neighbors_estimators.__all__
 __all__ += paths_estimators.__all__
+__all__ += warps_estimators.__all__
 __all__ += base_objectives.__all__
 __all__ += features_objectives.__all__
 __all__ += logits_objectives.__all__
@@ -67,6 +72,7 @@ __all__ += starts.__all__
 __all__ += elementwise_steps.__all__
 __all__ += sign_steps.__all__
 __all__ += blocks_transforms.__all__
+__all__ += geometry_transforms.__all__
 __all__ += linear_transforms.__all__
 __all__ += mixing_transforms.__all__
 __all__ += spectrum_transforms.__all__

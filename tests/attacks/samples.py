@@ -57,6 +57,7 @@ def pool(count: int) -> Tensor:
 PARAMETERS: dict[str, dict[str, Any]] = {
     "admix": {"num_scale": 2, "num_admix": 2, "admix_strength": 2.0, "pool": pool(3)},
     "bsr": {"num_scale": 2},
+    "decowa": {"num_warping": 2, "rho": 0.5},
     "dim": {"resize_rate": 1.5},
     "emifgsm": {"num_sample": 3},
     "gifgsm": {"pre_epoch": 2},

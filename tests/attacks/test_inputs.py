@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,27 +12,36 @@ import numpy as np
 import pytest
 import torch
 from scipy.fft import dct, dctn
-from torch import Tensor
-from torch.nn.functional import conv2d, grid_sample, interpolate
+from scipy.interpolate import RBFInterpolator
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, conv2d, grid_sample, interpolate, pad
 
 from alignfast.attacks import (
+    Attack,
     BlockMasks,
     BlockOperations,
     BlockShuffle,
+    ConstrainedWarps,
     Mixes,
     MixMask,
+    RandomCrop,
     Scales,
+    SignStep,
     SpectrumMask,
     Transform,
+    Translation,
     UniformScales,
+    Warp,
     create,
+    graph,
 )
 from alignfast.attacks.views import Views
 from alignfast.draws import Draws
 from alignfast.models import Classifier
 from alignfast.ops import philox_uniform
-from tests.attacks import samples, test_engine, test_no_sync
+from tests.attacks import samples, test_engine, test_graph, test_no_sync
 from tests.attacks.no_sync import NoSync
+from tests.attacks.tape import Taping
 from tests.attacks.test_presets import (
     ALPHA,
     BASE,
@@ -230,12 +240,65 @@ def masked(image: Tensor, n: int, copy: int, step: int) -> Tensor:
     return image * seen
 
 
+def translated(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """By -4 to 4 pixels: cut out of an image with a margin of zeros."""
+    down, along = (math.floor(9 * float(drawn(n, copy, step, number))) - 4 for number in (0, 1))
+    top, left = 4 - down, 4 - along
+    return pad(image, (4, 4, 4, 4))[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+def cropped(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """By an affine grid, whose unit is half the image."""
+    high, top, wide, left, turn = (float(drawn(n, copy, step, number)) for number in range(5))
+    high, wide = 0.4 + 0.6 * high, 0.4 + 0.6 * wide
+    middle_y, middle_x = (2 * place * (1 - part) + part - 1 for place, part in ((top, high), (left, wide)))
+    theta = torch.tensor([[[-wide if turn < 0.5 else wide, 0, middle_x], [0, high, middle_y]]], dtype=torch.float64)
+    grid = affine_grid(theta, [1, *image.shape], align_corners=False)
+    return grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+def warped(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    return bent(image, (drawn(n, copy, step, 0, (4, 2)) - 0.5) * 0.8, 4)
+
+
+def bent(image: Tensor, offsets: Tensor, mesh: int) -> Tensor:
+    """By the interpolant of the displaced mesh that scipy finds; differentiable in image and offsets."""
+    points = [(y, x) for y in np.linspace(-1, 1, mesh) for x in np.linspace(-1, 1, mesh)]
+    height, width = image.shape[1:]
+    places = np.stack(np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"), 2)
+    inner = [i for i, (y, x) in enumerate(points) if abs(y) < 0.99 and abs(x) < 0.99]
+    spline = RBFInterpolator(points, np.eye(len(points))[:, inner], kernel="thin_plate_spline")
+    basis = torch.from_numpy(spline(places.reshape(-1, 2)))
+    grid = torch.from_numpy(places) + (basis @ offsets).reshape(height, width, 2)
+    return grid_sample(image[None], grid.flip(2)[None], padding_mode="zeros", align_corners=True)[0]
+
+
+def decowa(images: Tensor, grad: Gradient) -> Tensor:
+    """Two warps with four inner points; the estimator's own draws are of slot 30."""
+
+    def warped_by(offsets: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.stack([bent(image, move, 4) for image, move in zip(x, offsets, strict=True)])
+
+    adv, m = images, torch.zeros_like(images)
+    for step in range(STEPS):
+        total = torch.zeros_like(images)
+        for copy in range(2):
+            first = torch.stack([drawn(n, copy, step, 0, (4, 2), slot=30) - 0.5 for n in range(len(images))])
+            here = adv.clone()
+            slope = through(lambda offsets, x=here: warped_by(offsets)(x), grad, first)
+            total = total + through(warped_by(first - 0.4 * slope), grad, adv) / 2
+        m = DECAY * m + unit(total)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    return adv
+
+
 MOMENTUM = BASE | {"decay": DECAY}
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "DIM": (dim, {"resize_rate": 1.3, "diversity_prob": 0.6}),
     "TIM": (tim, {"len_kernel": 5, "nsig": 2.0}),
     "SIM": (over_copies(lambda image, n, copy, step: image / 2**copy, 3), {"m": 3}),
     "Admix": (over_copies(admix, 6), {"num_scale": 3, "num_admix": 2, "admix_strength": 0.3, "pool": POOL}),
+    "DeCowA": (decowa, {"num_warping": 2, "mesh": 4, "noise_scale": 1.0, "rho": 0.4}),
     "SIA": (over_copies(sia, 4), {"num_scale": 4, "num_block": 3}),
     "BSR": (over_copies(bsr, 2), {"num_scale": 2, "num_block": 3, "degrees": 50.0}),
     "MaskBlock": (over_copies(masked, 9), {"num_block": 3}),
@@ -261,6 +324,7 @@ DEFAULTS: dict[str, str] = {
     "dim": "[InputDiversity(rate=1.1, p=0.5, copies=1)]",
     "tim": "[]",
     "sim": "[Scales(copies=5)]",
+    "decowa": "[]",
     "admix": "[Mixes(pool=None, copies=3, strength=0.2), Scales(copies=5)]",
     "sia": "[BlockOperations(copies=20, blocks=3)]",
     "bsr": "[BlockShuffle(copies=20, blocks=2, degrees=24.0)]",
@@ -275,6 +339,8 @@ def test_defaults(name: str) -> None:
     parameters = create(name, network()).parameters()
     assert parameters["transforms"].replace("()", "[]") == DEFAULTS[name]
     assert parameters["step"] == "SignStep(momentum=1.0, nesterov=False)"
+    warps = "ConstrainedWarps(copies=20, mesh=3, strength=2.0, rho=0.01)"
+    assert parameters["estimator"] == (warps if name == "decowa" else "Plain()")
     smoothing = "[Smoothing(kernel='gaussian', size=15, sigma=3.0)]" if name == "tim" else "()"
     assert parameters["shaping"] == smoothing
 
@@ -312,6 +378,13 @@ def test_no_step_with_a_pool_waits_for_the_device(name: str, device: str) -> Non
             object.__setattr__(transform, "pool", samples.pool(3).to(device))
     with NoSync(device):
         assert attack._run(source, images, labels, indices).device.type == device
+
+
+@pytest.mark.parametrize("name", sorted(POOLED))
+def test_a_graph_replays_the_attack_with_a_pool(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taping = Taping()
+    monkeypatch.setitem(graph.CAPTURES, "cpu", taping)
+    test_graph.test_replays_are_the_plain_attack(name, {"max_batch": 4}, taping)
 
 
 @pytest.mark.parametrize("name", sorted(POOLED))
@@ -380,6 +453,9 @@ def shown(transform: Transform, images: Tensor, copies: int = 1, step: int = 0) 
 VIEWS: dict[str, tuple[Transform, int, Show]] = {
     "operations": (BlockOperations(30, 3), 30, sia),
     "shuffle": (BlockShuffle(10, 3, 50.0), 10, bsr),
+    "translation": (Translation(4, 2), 9, translated),
+    "crop": (RandomCrop(0.4, 0.5, 3), 9, cropped),
+    "warp": (Warp(5, 4, 0.8), 5, warped),
     "masks": (BlockMasks(3), 9, masked),
 }
 
@@ -409,7 +485,10 @@ def test_all_ten_operations_are_among_those() -> None:
     assert drawn_ops == set(range(10))
 
 
-@pytest.mark.parametrize("transform", [BlockOperations(1, 5), BlockShuffle(1, 5), BlockShuffle(1, 1, 0.0)])
+@pytest.mark.parametrize(
+    "transform",
+    [BlockOperations(1, 5), BlockShuffle(1, 5), BlockShuffle(1, 1, 0.0), Translation(3), RandomCrop(0.3), Warp()],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_images_smaller_than_the_blocks_are_many(transform: Transform, dtype: torch.dtype) -> None:
     images = torch.rand((3, 2, 1, 2), generator=torch.Generator().manual_seed(3), dtype=dtype)
@@ -418,6 +497,62 @@ def test_images_smaller_than_the_blocks_are_many(transform: Transform, dtype: to
     assert not views.isnan().any()
     if isinstance(transform, BlockShuffle):
         assert torch.equal(views.sort(3).values, images.sort(3).values)
+
+
+def moving(source: nn.Module, **options: Any) -> Attack:
+    """The transforms that no preset has."""
+    moves = [RandomCrop(0.5, 0.5, 2), Translation(2), Warp(2, 3, 1.0)]
+    return Attack(source, 0.1, 0.03, 2, transforms=moves, step=SignStep(1.0), **options)
+
+
+def test_moves_are_alike_alone_in_any_batch_and_in_chunks() -> None:
+    images, labels, indices = samples.photos(5), samples.labels_of(5), torch.tensor([40, 2, 0, 2**31, 17])
+    together = moving(samples.Halving())(images, labels, indices=indices)
+    chunked = moving(samples.Halving(), max_batch=5)(images, labels, indices=indices)
+    assert torch.equal(chunked, together)
+    order = torch.tensor([3, 4, 0, 2, 1])
+    assert torch.equal(moving(samples.Halving())(images[order], labels[order], indices=indices[order]), together[order])
+    for i in range(5):
+        alone = moving(samples.Halving())(images[i : i + 1], labels[i : i + 1], indices=indices[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+    assert not torch.equal(moving(samples.Halving(), seed=1)(images, labels, indices=indices), together)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_moves_do_not_wait_for_the_device(device: str) -> None:
+    source = Classifier(samples.Network().eval(), (0.5, 0.5), (0.2, 0.2), samples.CLASSES).to(device)
+    images, labels, indices = test_no_sync.batch(device)
+    with NoSync(device):
+        assert replace(moving(source), steps=1)._run(source, images, labels, indices).device.type == device
+
+
+def test_combinations_show_the_product_of_all_copies() -> None:
+    """Mixes, scales, masks of the spectrum and of blocks: 2 x 2 x 3 x 4 views of an image, each different."""
+    model = samples.Halving()
+    attack = create(
+        "admix+dim+ssm+tim+maskblock",
+        model,
+        pool=samples.pool(3),
+        num_scale=2,
+        num_admix=2,
+        resize_rate=1.5,
+        num_spectrum=3,
+        num_block=2,
+        steps=1,
+    )
+    assert [type(transform).__name__ for transform in attack.transforms] == [
+        "Mixes",
+        "Scales",
+        "InputDiversity",
+        "SpectrumMask",
+        "BlockMasks",
+    ]
+    assert attack.copies == 48
+    images, labels = samples.photos(2), samples.labels_of(2)
+    adv = attack(images, labels)
+    assert sum(model.batches) == 2 * 48
+    assert torch.equal(replace(attack, max_batch=10)(images, labels), adv)
+    assert create("admix+sim", model, pool=samples.pool(3)).copies == 15
 
 
 def test_frequencies_are_weighted_each_on_its_own() -> None:
@@ -457,6 +592,19 @@ def test_images_of_the_pool_are_all_drawn_and_alike() -> None:
         (lambda: BlockShuffle(1, 0), "blocks: got 0"),
         (lambda: BlockShuffle(1, 2, 181), "degrees: got 181"),
         (lambda: BlockMasks(0), "blocks: got 0"),
+        (lambda: ConstrainedWarps(0), "copies: got 0"),
+        (lambda: ConstrainedWarps(mesh=9), "mesh: got 9"),
+        (lambda: ConstrainedWarps(strength=-1), "strength: got -1"),
+        (lambda: ConstrainedWarps(rho=-1), "rho: got -1"),
+        (lambda: Translation(-1), "reach: got -1"),
+        (lambda: Translation(1.5), "reach: got 1.5"),
+        (lambda: Translation(1, 0), "copies: got 0"),
+        (lambda: RandomCrop(0.0), r"smallest: got 0.0; allowed is a number in \(0, 1\]"),
+        (lambda: RandomCrop(0.5, 1.5), "flip: got 1.5"),
+        (lambda: RandomCrop(0.5, 0.5, 0), "copies: got 0"),
+        (lambda: Warp(0), "copies: got 0"),
+        (lambda: Warp(1, 2), "mesh: got 2; allowed is a whole number, 3 to 8"),
+        (lambda: Warp(1, 3, -1.0), "strength: got -1.0"),
         (lambda: SpectrumMask(0), "copies: got 0"),
         (lambda: SpectrumMask(rho=1.1), "rho: got 1.1"),
         (lambda: SpectrumMask(sigma=-1), "sigma: got -1"),

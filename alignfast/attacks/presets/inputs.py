@@ -10,6 +10,7 @@ from typing import Literal, Unpack
 from torch import Tensor, nn
 
 from alignfast.attacks.engine import Attack
+from alignfast.attacks.estimators import ConstrainedWarps
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep
@@ -37,6 +38,7 @@ __all__ = [
     "TIM",
     "USMM",
     "Admix",
+    "DeCowA",
     "MaskBlock",
 ]
 
@@ -244,3 +246,20 @@ def MaskBlock(
 ) -> Attack:
     """Momentum over num_block^2 copies, each without one block: of 56 pixels if 224 are given (Fan et al., 2022)."""
     return build(source, eps, alpha, steps, transforms=[BlockMasks(num_block)], step=SignStep(decay), **options)
+
+
+def DeCowA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_warping: int = 20,
+    mesh: int = 3,
+    noise_scale: float = 2.0,
+    rho: float = 0.01,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over warped copies, each warped as the model lets it (Lin et al., AAAI 2024)."""
+    warps = ConstrainedWarps(num_warping, mesh, noise_scale, rho)
+    return build(source, eps, alpha, steps, estimator=warps, step=SignStep(decay), **options)

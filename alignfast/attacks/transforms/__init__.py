@@ -1,7 +1,8 @@
 """Input transforms: what the model is shown instead of the images themselves."""
 
-from alignfast.attacks.transforms import blocks, linear, mixing, spectrum, transform
+from alignfast.attacks.transforms import blocks, geometry, linear, mixing, spectrum, transform
 from alignfast.attacks.transforms.blocks import *
+from alignfast.attacks.transforms.geometry import *
 from alignfast.attacks.transforms.linear import *
 from alignfast.attacks.transforms.mixing import *
 from alignfast.attacks.transforms.spectrum import *
@@ -9,6 +10,7 @@ from alignfast.attacks.transforms.transform import *
 
 __all__: list[str] = []
 __all__ += blocks.__all__
+__all__ += geometry.__all__
 __all__ += linear.__all__
 __all__ += mixing.__all__
 __all__ += spectrum.__all__

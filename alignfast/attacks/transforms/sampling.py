@@ -15,6 +15,9 @@ def take(rows: Tensor, y: Tensor, x: Tensor) -> Tensor:
 def interpolate(rows: Tensor, y: Tensor, x: Tensor, box: tuple[Tensor | int, ...] | None = None) -> Tensor:
     """[B, C, H', W']: rows [B, C, H, W] at y, x [B, H', W'] in pixels, bilinear between the four pixels around.
 
+    On CUDA the gradient of a pixel that several places take is summed in no fixed order, so that runs may differ by
+    rounding. Where the two axes are independent, `weights` has no such sums.
+
     box: (top, bottom, left, right), integers that broadcast to y and x; what lies outside of it, or else outside of
     the image, is 0.
     """
@@ -29,3 +32,9 @@ def interpolate(rows: Tensor, y: Tensor, x: Tensor, box: tuple[Tensor | int, ...
             pixels = take(rows, at_y.clamp(0, height - 1).long(), at_x.clamp(0, width - 1).long())
             result = result + pixels * torch.where(inside, weight, 0)[:, None]
     return result
+
+
+def weights(point: Tensor, size: int) -> Tensor:
+    """[B, P, size]: the shares of an axis's pixels in bilinear interpolation at point [B, P] in [0, size - 1]."""
+    pixels = torch.arange(size, device=point.device)
+    return (1 - (point[..., None] - pixels).abs()).clamp(min=0)
