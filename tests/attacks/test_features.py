@@ -211,7 +211,7 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
 
 def test_the_layer_is_the_one_that_is_named() -> None:
     model, images = network(), photos()
-    first, second = (create("fia", model, layer=layer, num_ens=2)(images, LABELS) for layer in ("2", "1"))
+    first, second = (create("fia", model, layer=layer, num_ens=2)(images, LABELS) for layer in ("2", "3"))
     assert not torch.equal(first, second)
     assert torch.equal(create("fia", model, num_ens=2)(images, LABELS), first)
 
