@@ -33,6 +33,7 @@ from tests.attacks.properties import (
 )
 from tests.attacks.test_presets import (
     ALPHA,
+    CLASSES,
     DECAY,
     EPS,
     INDICES,
@@ -42,7 +43,6 @@ from tests.attacks.test_presets import (
     STEPS,
     clip,
     gradient_of,
-    network,
     photos,
     unit,
 )
@@ -51,8 +51,24 @@ BASE = {"eps": EPS, "alpha": ALPHA, "steps": STEPS, "decay": DECAY, "seed": SEED
 COPIES = 6
 
 
+def network() -> Classifier:
+    """Bent behind its features too, so that their gradients are of the copy that is shown."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(4, 5, 3, stride=2),
+            nn.Sigmoid(),
+            nn.Flatten(),
+            nn.Linear(5 * 25, CLASSES),
+        )
+    layers[2].weight.data *= 5
+    return Classifier(layers.double(), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), CLASSES)
+
+
 def features(model: Classifier, x: Tensor) -> Tensor:
-    """Of the first convolution, behind its activation; the network is this and a linear layer."""
+    """Of the first convolution, behind its activation."""
     assert model.mean is not None
     assert model.std is not None
     normal = (x - model.mean.double()[:, None, None]) / model.std.double()[:, None, None]
@@ -92,7 +108,7 @@ def aggregate(model: Classifier, images: Tensor, shown: Callable[[Tensor, int, i
     for n, image in enumerate(images):
         for number in range(COPIES):
             f = features(model, shown(image, number, n)[None]).detach().requires_grad_()
-            z = model.module[3](f.flatten(1))[0]
+            z = model.module[2:](f)[0]
             value = z.exp()[LABELS[n]] / z.exp().sum() if softmax else z[LABELS[n]]
             total[n] += torch.autograd.grad(value, f)[0][0]
     return total
@@ -195,7 +211,7 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
 
 def test_the_layer_is_the_one_that_is_named() -> None:
     model, images = network(), photos()
-    first, second = (create("fia", model, layer=layer, num_ens=2)(images, LABELS) for layer in ("0", "1"))
+    first, second = (create("fia", model, layer=layer, num_ens=2)(images, LABELS) for layer in ("2", "3"))
     assert not torch.equal(first, second)
     assert torch.equal(create("fia", model, num_ens=2)(images, LABELS), first)
 

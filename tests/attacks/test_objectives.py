@@ -382,3 +382,23 @@ def test_draws_of_an_objective_are_its_own() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
     assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize(("loss", "steps"), [("ce", STEPS), ("dlr", 1)])
+def test_upgd_is_torchattacks(loss: str, steps: int) -> None:
+    """Whose margin takes the label's own logit for 0 among the others, so that it is left out.
+
+    DLR is constant where the label is third, and follows its rounding there; so it is compared before it comes to that.
+    """
+    torchattacks = pytest.importorskip("torchattacks")
+    model, images = network().eval(), photos()
+    labels, given = model(images).argmax(1), BASE | {"steps": steps, "loss": loss, "decay": DECAY}
+    theirs = torchattacks.UPGD(model, **given)(images, labels)
+    torch.testing.assert_close(create("upgd", model, **given)(images, labels), theirs, rtol=0, atol=1e-9)
+
+
+def test_a_ratio_is_constant_where_the_label_is_third() -> None:
+    logits = torch.tensor([[0.3, 0.1, 0.7, -0.2]], requires_grad=True)
+    gain = LogitRatio().gain(Seen(logits[None], {}), torch.tensor([1]), {})
+    assert gain.item() == 1.0
+    assert not torch.autograd.grad(gain.sum(), logits)[0].any()

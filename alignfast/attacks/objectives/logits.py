@@ -64,7 +64,8 @@ class LogitRatio(Objective):
     """DLR (Croce and Hein, ICML 2020, eq. 6 and 7): the margin over a difference of the largest logits, z_(1) first.
 
     (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), or if targeted (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), with the
-    source's class of the clean image for y. Needs 3 classes, or 4 if targeted.
+    source's class of the clean image for y. Needs 3 classes, or 4 if targeted. It is 1 where y is third, with a
+    gradient of 0.
     """
 
     targeted: bool = False
