@@ -55,6 +55,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "gra": {"num_neighbor": 3},
     "ifgssm": {"stairs": 7},
     "pgdl2": {"eps": 1.0, "alpha": 0.3},
+    "rap": {"adv_steps": 2, "alpha_n": 0.05, "epsilon_n": 0.5, "transpoint": 1},
     "pgn": {"num_neighbor": 2},
 }
 # Presets whose source must be of a kind of its own; their own tests have one.

@@ -27,6 +27,7 @@ from alignfast.attacks import (
     GlobalMomentum,
     GradientRelevance,
     L2Step,
+    NormPenalty,
     PatchwiseStep,
     PenalizedNorm,
     Position,
@@ -34,6 +35,7 @@ from alignfast.attacks import (
     Smoothing,
     StaircaseStep,
     StepRule,
+    WorstCase,
     create,
 )
 from alignfast.attacks.presets import parameters_of
@@ -233,6 +235,26 @@ def lfifgsm(x: Tensor, step: int, grad: Gradient) -> Tensor:
     return torch.from_numpy(scipy.fft.idctn(spectrum, axes=(2, 3), norm="ortho"))
 
 
+def iefgsm(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    present = unit(grad(x))
+    return (present + unit(grad(x + ALPHA * present))) / 2
+
+
+def gnp(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    here = grad(x)
+    return 1.7 * here - 0.7 * grad(x + 0.05 * unit(here))
+
+
+def rap(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    worst = x
+    if step >= 2:
+        worst = (x + noise(0.2, step, 8 * 30)[0]).clamp(0, 1)
+        for _ in range(3):
+            worst = worst - 0.06 * grad(worst).sign()
+            worst = torch.maximum(torch.minimum(worst, x + 0.2), x - 0.2).clamp(0, 1)
+    return grad(worst)
+
+
 EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     "PGN": (momentum(pgn), BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "gamma": 0.3}),
     "GRA": (gra, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "eta": 0.6}),
@@ -252,6 +274,12 @@ EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
         | {"beta_1": 0.8, "beta_2": 0.95, "mu_1": 1.4, "mu_2": 1.7, "lam": 1.2},
     ),
     "LFIFGSM": (momentum(lfifgsm), BASE | {"decay": DECAY, "kept": 0.4}),
+    "IEFGSM": (momentum(iefgsm), BASE | {"decay": DECAY}),
+    "GNP": (momentum(gnp), BASE | {"decay": DECAY, "r": 0.05, "beta": 0.7}),
+    "RAP": (
+        momentum(rap),
+        BASE | {"decay": DECAY, "transpoint": 2, "epsilon_n": 0.2, "alpha_n": 0.06, "adv_steps": 3},
+    ),
     "UPGD": (momentum(lambda x, step, grad: grad(x)), BASE | {"decay": DECAY}),
 }
 
@@ -280,6 +308,10 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
         ("UPGD", "BIM", {}),
         ("GIFGSM", "MIFGSM", {}),
         ("IFGSSM", "BIM", {}),
+        ("IEFGSM", "MIFGSM", {}),
+        ("GNP", "MIFGSM", {}),
+        ("RAP", "RAP", {"transpoint": STEPS}),
+        ("RAP", "RAP", {"transpoint": 0}),
         ("LFIFGSM", "MIFGSM", {}),
         ("PIFGSM", "PIFGSM", {"decay": 0.0}),
         ("PIFGSM", "PIFGSM", {"kern_size": 3}),
@@ -316,6 +348,9 @@ DEFAULTS = {
     "emifgsm": {"decay": 1.0, "num_sample": 11, "radius": 7.0},
     "eotpgd": {"eot_iter": 2, "random_start": True},
     "ffgsm": {"eps": 8 / 255, "alpha": 10 / 255},
+    "gnp": {"decay": 1.0, "r": 0.01, "beta": 0.8},
+    "iefgsm": {"decay": 1.0},
+    "rap": {"decay": 1.0, "transpoint": None, "epsilon_n": 16 / 255, "alpha_n": 2 / 255, "adv_steps": 8},
     "gifgsm": {"decay": 1.0, "pre_epoch": 5, "s": 10.0},
     "gra": {"decay": 1.0, "num_neighbor": 20, "beta": 3.5, "eta": 0.94},
     "lfifgsm": {"decay": 0.0, "kept": 0.25},
@@ -363,6 +398,13 @@ def test_defaults_are_the_papers(name: str) -> None:
         (lambda: AdaptiveTanhStep(lam=0.0), "lam: got 0.0"),
         (lambda: FrequencyMask(0.0), r"kept: got 0.0; allowed is a number in \(0, 1\]"),
         (lambda: FrequencyMask(1.5), "kept: got 1.5"),
+        (lambda: NormPenalty(r=0.0), "r: got 0.0; allowed is a number greater than 0"),
+        (lambda: NormPenalty(beta=-0.1), "beta: got -0.1"),
+        (lambda: WorstCase(steps=0), "steps: got 0; allowed is a whole number, 1 to 255"),
+        (lambda: WorstCase(steps=256), "steps: got 256"),
+        (lambda: WorstCase(radius=-0.1), "radius: got -0.1"),
+        (lambda: WorstCase(alpha=-0.1), "alpha: got -0.1"),
+        (lambda: WorstCase(late_start=-1), "late_start: got -1"),
         (lambda: CornerStart(-1.0), "momentum: got -1.0"),
         (lambda: CornerStart(radius=-1.0), "radius: got -1.0"),
     ],
@@ -370,6 +412,13 @@ def test_defaults_are_the_papers(name: str) -> None:
 def test_components_check_their_numbers(build: Callable[[], Component], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_late_start_before_which_it_is_the_plain_attack() -> None:
+    model, images, labels = Halving(), samples.photos(2), samples.labels_of(2)
+    late = build("rap", model, transpoint=4)(images, labels)
+    assert torch.equal(late, build("mifgsm", model)(images, labels))
+    assert create("rap", model, steps=41).estimator.late_start == 10
 
 
 @pytest.mark.parametrize("name", [name.lower() for name in EQUATIONS])

@@ -12,11 +12,14 @@ from torch import nn
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import (
     EnhancedMomentum,
+    EulerMean,
     Expectation,
     GradientRelevance,
+    NormPenalty,
     PenalizedNorm,
     Plain,
     VarianceTuning,
+    WorstCase,
 )
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import FrequencyMask, Smoothing
@@ -39,7 +42,9 @@ __all__ = [
     "FFGSM",
     "FGSM",
     "GIFGSM",
+    "GNP",
     "GRA",
+    "IEFGSM",
     "IFGSSM",
     "LFIFGSM",
     "MIFGSM",
@@ -49,6 +54,7 @@ __all__ = [
     "PGN",
     "PIFGSM",
     "PIFGSMPP",
+    "RAP",
     "RFGSM",
     "UPGD",
     "VMIFGSM",
@@ -318,3 +324,47 @@ def LFIFGSM(
 ) -> Attack:
     """BIM along the low frequencies of the gradient (Guo et al., UAI 2019; Sharma et al., IJCAI 2019)."""
     return build(source, eps, alpha, steps, shaping=[FrequencyMask(kept)], step=SignStep(decay), **options)
+
+
+def IEFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over the mean of the present and the anticipated gradient (Peng et al., ICASSP 2023)."""
+    return build(source, eps, alpha, steps, estimator=EulerMean(), step=SignStep(decay), **options)
+
+
+def GNP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    r: float = 0.01,
+    beta: float = 0.8,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum with a penalty on the gradient's norm (Wu et al., ICIP 2023)."""
+    return build(source, eps, alpha, steps, estimator=NormPenalty(r, beta), step=SignStep(decay), **options)
+
+
+def RAP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    transpoint: int | None = None,
+    epsilon_n: float = 16 / 255,
+    alpha_n: float = 2 / 255,
+    adv_steps: int = 8,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum at the worst point around, from step transpoint or a quarter on (Qin et al., NeurIPS 2022)."""
+    late_start = steps // 4 if transpoint is None else transpoint
+    estimator = WorstCase(adv_steps, epsilon_n, alpha_n, late_start)
+    return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
