@@ -12,7 +12,7 @@ from alignfast.attacks.component import Component, Memory
 from alignfast.attacks.observe import Seen, check_layers
 from alignfast.models import Classifier
 
-__all__ = ["CrossEntropy", "Objective"]
+__all__ = ["CrossEntropy", "Objective", "Probability"]
 
 
 class Objective(Component):
@@ -42,3 +42,14 @@ class CrossEntropy(Objective):
     def gain(self, seen: Seen, labels: Tensor, memory: Memory) -> Tensor:
         loss = cross_entropy(seen.logits, labels, reduction="none")
         return -loss if self.targeted else loss
+
+
+@dataclass(frozen=True)
+class Probability(Objective):
+    """-p of the label, or p of the target class if targeted, with p the softmax (MIG, Ma et al., ICCV 2023)."""
+
+    targeted: bool = False
+
+    def gain(self, seen: Seen, labels: Tensor, memory: Memory) -> Tensor:
+        probability = seen.logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        return probability if self.targeted else -probability

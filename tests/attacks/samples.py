@@ -56,6 +56,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ifgssm": {"stairs": 7},
     "pgdl2": {"eps": 1.0, "alpha": 0.3},
     "rap": {"adv_steps": 2, "alpha_n": 0.05, "epsilon_n": 0.5, "transpoint": 1},
+    "mig": {"s_factor": 3},
     "pgn": {"num_neighbor": 2},
 }
 # Presets whose source must be of a kind of its own; their own tests have one.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alignfast.attacks import (
     AdaptiveTanhStep,
+    Attack,
     Component,
     CornerStart,
     DecayingStep,
@@ -26,11 +27,14 @@ from alignfast.attacks import (
     FrequencyMask,
     GlobalMomentum,
     GradientRelevance,
+    IntegratedGradients,
     L2Step,
+    Memory,
     NormPenalty,
     PatchwiseStep,
     PenalizedNorm,
     Position,
+    Probability,
     SignStep,
     Smoothing,
     StaircaseStep,
@@ -297,6 +301,51 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
     torch.testing.assert_close(adv, expected, rtol=0, atol=1e-6 if name == "PGDL2" else 1e-9)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_integrated_gradients_of_the_probability(targeted: bool) -> None:
+    model, images = network(), photos()
+    adv, m = images, torch.zeros_like(images)
+    for _ in range(STEPS):
+        total = torch.zeros_like(images)
+        for i in (1, 2, 3, 4):
+            leaf = (adv * i / 4).requires_grad_()
+            p = torch.exp(model.logits(leaf))
+            p = (p / p.sum(1, keepdim=True))[range(3), LABELS]
+            total += torch.autograd.grad((p if targeted else -p).sum(), leaf)[0]
+        m = DECAY * m + unit(adv * total / 4)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    attack = create("mig", model, targeted=targeted, decay=DECAY, s_factor=4, **BASE)
+    torch.testing.assert_close(attack(images, LABELS, indices=INDICES), adv, rtol=0, atol=1e-9)
+    other = create("mifgsm", model, targeted=targeted, decay=DECAY, **BASE)(images, LABELS, indices=INDICES)
+    assert ((other - adv).abs() > 1e-3).double().mean() > 0.002
+
+
+def test_integrated_gradients_of_a_quadratic_add_up() -> None:
+    """J = x A x / 2 + b x has J(x) - J(0) as the sum of what is attributed, by the rectangle rule up to 1 / S."""
+    weight = torch.randn((4, 4), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    bias = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64)
+
+    class Quadratic(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            x = images.flatten(1)
+            z = ((x @ weight) * x).sum(1) / 2 + x @ bias
+            # Of these two, softmax gives p of the second class between 0 and 1; near 1/2 it is z / 4 but for z^3.
+            return torch.stack([torch.zeros_like(z), 1e-3 * z], 1)
+
+    kept: list[Tensor] = []
+
+    class Keeping(IntegratedGradients):
+        def estimate(self, gradient: Any, position: Position, memory: Memory) -> Tensor:
+            kept.append(super().estimate(gradient, position, memory))
+            return kept[-1]
+
+    images = torch.tensor([[0.2, 0.9, 0.4, 0.7]], dtype=torch.float64).reshape(1, 1, 2, 2)
+    attack = Attack(Quadratic(), 0.1, 0.1, 1, estimator=Keeping(1000), objective=Probability(targeted=True))
+    attack(images, torch.tensor([1]))
+    before, after = (Quadratic()(x).softmax(1)[0, 1] for x in (torch.zeros_like(images), images))
+    assert float(kept[0].sum()) == pytest.approx(float(after - before), rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "other", "parameters"),
     [
@@ -351,6 +400,7 @@ DEFAULTS = {
     "gnp": {"decay": 1.0, "r": 0.01, "beta": 0.8},
     "iefgsm": {"decay": 1.0},
     "rap": {"decay": 1.0, "transpoint": None, "epsilon_n": 16 / 255, "alpha_n": 2 / 255, "adv_steps": 8},
+    "mig": {"decay": 1.0, "s_factor": 20},
     "gifgsm": {"decay": 1.0, "pre_epoch": 5, "s": 10.0},
     "gra": {"decay": 1.0, "num_neighbor": 20, "beta": 3.5, "eta": 0.94},
     "lfifgsm": {"decay": 0.0, "kept": 0.25},
@@ -405,6 +455,7 @@ def test_defaults_are_the_papers(name: str) -> None:
         (lambda: WorstCase(radius=-0.1), "radius: got -0.1"),
         (lambda: WorstCase(alpha=-0.1), "alpha: got -0.1"),
         (lambda: WorstCase(late_start=-1), "late_start: got -1"),
+        (lambda: IntegratedGradients(0), "samples: got 0"),
         (lambda: CornerStart(-1.0), "momentum: got -1.0"),
         (lambda: CornerStart(radius=-1.0), "radius: got -1.0"),
     ],
@@ -421,7 +472,7 @@ def test_a_late_start_before_which_it_is_the_plain_attack() -> None:
     assert create("rap", model, steps=41).estimator.late_start == 10
 
 
-@pytest.mark.parametrize("name", [name.lower() for name in EQUATIONS])
+@pytest.mark.parametrize("name", [*(name.lower() for name in EQUATIONS), "mig"])
 def test_as_many_passes_as_are_said(name: str) -> None:
     model = Halving()
     attack = build(name, model, steps=2) if name != "ffgsm" else build(name, model)

@@ -15,12 +15,14 @@ from alignfast.attacks.estimators import (
     EulerMean,
     Expectation,
     GradientRelevance,
+    IntegratedGradients,
     NormPenalty,
     PenalizedNorm,
     Plain,
     VarianceTuning,
     WorstCase,
 )
+from alignfast.attacks.objectives import Probability
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import FrequencyMask, Smoothing
 from alignfast.attacks.steps import (
@@ -48,6 +50,7 @@ __all__ = [
     "IFGSSM",
     "LFIFGSM",
     "MIFGSM",
+    "MIG",
     "NIFGSM",
     "PGD",
     "PGDL2",
@@ -368,3 +371,17 @@ def RAP(
     late_start = steps // 4 if transpoint is None else transpoint
     estimator = WorstCase(adv_steps, epsilon_n, alpha_n, late_start)
     return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
+
+
+def MIG(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    s_factor: int = 20,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum along integrated gradients of the probability, from black (Ma et al., ICCV 2023)."""
+    estimator, step = IntegratedGradients(s_factor), SignStep(decay)
+    return build(source, eps, alpha, steps, objective=Probability, estimator=estimator, step=step, **options)
