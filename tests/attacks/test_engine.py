@@ -25,7 +25,7 @@ from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Network, build, labels_of, made, photos
 
 RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
-RANDOM += ["eotpgd", "ffgsm", "gra", "pgdl2", "pgn", "rap", "rfgsm"]
+RANDOM += ["eotpgd", "ffgsm", "gra", "pgdl2", "pgn", "rap", "rfgsm", "smifgrm"]
 
 
 @pytest.mark.parametrize("name", [*GENERAL, "everything"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,10 +36,13 @@ from alignfast.attacks import (
     PenalizedNorm,
     Position,
     Probability,
+    RandomWalk,
+    RescaledStep,
     SignStep,
     Smoothing,
     StaircaseStep,
     StepRule,
+    VarianceTuning,
     WorstCase,
     create,
 )
@@ -259,6 +263,40 @@ def rap(x: Tensor, step: int, grad: Gradient) -> Tensor:
     return grad(worst)
 
 
+def rescaled(m: Tensor, factor: float) -> Tensor:
+    result = []
+    for one in m:
+        logs = [math.log2(abs(value)) for value in one.flatten().tolist()]
+        mean, std = np.mean(logs), np.std(logs)
+        weights = [factor / (1 + math.exp(-(value - mean) / std)) for value in logs]
+        result.append(one.sign() * torch.tensor(weights, dtype=m.dtype).reshape(one.shape))
+    return torch.stack(result)
+
+
+def smifgrm(images: Tensor, grad: Gradient) -> Tensor:
+    adv, m = images, torch.zeros_like(images)
+    for step in range(STEPS):
+        at, total = adv, torch.zeros_like(adv)
+        for stride in noise(1.2 * EPS, step, 8 * 30, 3):
+            total += grad(at)
+            at = at + stride
+        m = DECAY * m + unit(total / 3)
+        adv = clip(adv + ALPHA * rescaled(m, 1.8), images)
+    return adv
+
+
+def ahead(images: Tensor, grad: Gradient) -> Tensor:
+    """VNI-FGSM with the neighbours of the look-ahead point."""
+    adv, m, v = images, torch.zeros_like(images), torch.zeros_like(images)
+    for step in range(STEPS):
+        x = adv + ALPHA * DECAY * m
+        g = grad(x)
+        tuned, v = g + v, sum(grad(x + r) for r in noise(1.2 * EPS, step, 8 * 30, 3, passed=1)) / 3 - g
+        m = DECAY * m + unit(tuned)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    return adv
+
+
 EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     "PGN": (momentum(pgn), BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "gamma": 0.3}),
     "GRA": (gra, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "eta": 0.6}),
@@ -284,6 +322,7 @@ EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
         momentum(rap),
         BASE | {"decay": DECAY, "transpoint": 2, "epsilon_n": 0.2, "alpha_n": 0.06, "adv_steps": 3},
     ),
+    "SMIFGRM": (smifgrm, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.2, "rescale_factor": 1.8}),
     "UPGD": (momentum(lambda x, step, grad: grad(x)), BASE | {"decay": DECAY}),
 }
 
@@ -299,6 +338,25 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
     assert (expected - images).abs().amax((1, 2, 3)).min() > 0.5 * EPS
     # Draws are float32 and rounded once in the product with a radius.
     torch.testing.assert_close(adv, expected, rtol=0, atol=1e-6 if name == "PGDL2" else 1e-9)
+
+
+def test_variance_around_the_look_ahead_point() -> None:
+    model, images = network(), photos()
+    expected = ahead(images, gradient_of(model, False))
+    attack = create("vnifgsm", model, seed=SEED, decay=DECAY, N=3, beta=1.2, **BASE)
+    adv = replace(attack, estimator=VarianceTuning(3, 1.2, ahead=True))(images, LABELS, indices=INDICES)
+    torch.testing.assert_close(adv, expected, rtol=0, atol=1e-9)
+    assert not torch.allclose(adv, attack(images, LABELS, indices=INDICES))
+
+
+def test_elements_without_gradient_do_not_count_in_rescaling() -> None:
+    images = torch.full((2, 1, 1, 4), 0.5)
+    grad = torch.tensor([[1.0, 0.0, -4.0, 16.0], [0.0, -3.0, 3.0, 0.0]]).reshape(2, 1, 1, 4)
+    adv = images.clone()
+    RescaledStep().update(Position(images, adv, adv, torch.tensor(0), 5, 0.4, 0.1, False), grad, {})
+    low, high = (2 / (1 + math.exp(-level)) for level in (-math.sqrt(1.5), math.sqrt(1.5)))
+    expected = [0.5 + 0.1 * low, 0.5, 0.4, 0.5 + 0.1 * high, 0.5, 0.4, 0.6, 0.5]
+    assert adv.flatten().tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -357,6 +415,7 @@ def test_integrated_gradients_of_a_quadratic_add_up() -> None:
         ("UPGD", "BIM", {}),
         ("GIFGSM", "MIFGSM", {}),
         ("IFGSSM", "BIM", {}),
+        ("SMIFGRM", "MIFGSM", {}),
         ("IEFGSM", "MIFGSM", {}),
         ("GNP", "MIFGSM", {}),
         ("RAP", "RAP", {"transpoint": STEPS}),
@@ -401,6 +460,7 @@ DEFAULTS = {
     "iefgsm": {"decay": 1.0},
     "rap": {"decay": 1.0, "transpoint": None, "epsilon_n": 16 / 255, "alpha_n": 2 / 255, "adv_steps": 8},
     "mig": {"decay": 1.0, "s_factor": 20},
+    "smifgrm": {"decay": 1.0, "num_neighbor": 12, "beta": 1.5, "rescale_factor": 2.0},
     "gifgsm": {"decay": 1.0, "pre_epoch": 5, "s": 10.0},
     "gra": {"decay": 1.0, "num_neighbor": 20, "beta": 3.5, "eta": 0.94},
     "lfifgsm": {"decay": 0.0, "kept": 0.25},
@@ -456,6 +516,9 @@ def test_defaults_are_the_papers(name: str) -> None:
         (lambda: WorstCase(alpha=-0.1), "alpha: got -0.1"),
         (lambda: WorstCase(late_start=-1), "late_start: got -1"),
         (lambda: IntegratedGradients(0), "samples: got 0"),
+        (lambda: RandomWalk(0), "samples: got 0"),
+        (lambda: RandomWalk(beta=-1.0), "beta: got -1.0"),
+        (lambda: RescaledStep(factor=0.0), "factor: got 0.0; allowed is a number greater than 0"),
         (lambda: CornerStart(-1.0), "momentum: got -1.0"),
         (lambda: CornerStart(radius=-1.0), "radius: got -1.0"),
     ],

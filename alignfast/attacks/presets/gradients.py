@@ -19,6 +19,7 @@ from alignfast.attacks.estimators import (
     NormPenalty,
     PenalizedNorm,
     Plain,
+    RandomWalk,
     VarianceTuning,
     WorstCase,
 )
@@ -32,6 +33,7 @@ from alignfast.attacks.steps import (
     GlobalMomentum,
     L2Step,
     PatchwiseStep,
+    RescaledStep,
     SignStep,
     StaircaseStep,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "PIFGSMPP",
     "RAP",
     "RFGSM",
+    "SMIFGRM",
     "UPGD",
     "VMIFGSM",
     "VNIFGSM",
@@ -385,3 +388,19 @@ def MIG(
     """Momentum along integrated gradients of the probability, from black (Ma et al., ICCV 2023)."""
     estimator, step = IntegratedGradients(s_factor), SignStep(decay)
     return build(source, eps, alpha, steps, objective=Probability, estimator=estimator, step=step, **options)
+
+
+def SMIFGRM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_neighbor: int = 12,
+    beta: float = 1.5,
+    rescale_factor: float = 2.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over a random walk, rescaled instead of its sign alone (Han et al., arXiv 2023)."""
+    estimator, step = RandomWalk(num_neighbor, beta), RescaledStep(decay, factor=rescale_factor)
+    return build(source, eps, alpha, steps, estimator=estimator, step=step, **options)
