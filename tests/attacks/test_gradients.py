@@ -38,6 +38,7 @@ from alignfast.attacks import (
     Probability,
     RandomWalk,
     RescaledStep,
+    Scales,
     SignStep,
     Smoothing,
     StaircaseStep,
@@ -526,6 +527,22 @@ def test_defaults_are_the_papers(name: str) -> None:
 def test_components_check_their_numbers(build: Callable[[], Component], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+SAMPLING = ["emifgsm", "eotpgd", "gra", "mig", "pgn", "rap", "smifgrm"]
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 7])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_max_batch_changes_memory_only(name: str, max_batch: int) -> None:
+    whole, chunked = Halving(), Halving()
+    images, labels = samples.photos(2), samples.labels_of(2)
+    # Two scales of each sample, so that views and samples go in chunks.
+    attack = replace(build(name, whole, seed=4), transforms=[Scales(2)])
+    expected = attack(images, labels)
+    assert torch.equal(replace(attack, source=chunked, max_batch=max_batch)(images, labels), expected)
+    assert max(chunked.batches) <= max(max_batch, 2)
+    assert sum(chunked.batches) == sum(whole.batches) == 2 * attack.steps * attack.passes
 
 
 def test_a_late_start_before_which_it_is_the_plain_attack() -> None:
