@@ -297,7 +297,7 @@ def PIFGSMPP(
     project_factor: float = 0.8,
     **options: Unpack[Options],
 ) -> Attack:
-    """PI-FGSM on the smoothed gradient with a smaller spread part, as in torchattacks (Gao et al., arXiv 2020)."""
+    """PI-FGSM on the smoothed gradient, with a smaller spread part that is not amplified (Gao et al., arXiv 2020)."""
     step = PatchwiseStep(decay, amplification=amplification, factor=project_factor, feedback=False)
     return build(source, eps, alpha, steps, shaping=[Smoothing("gaussian", 3, 3.0)], step=step, **options)
 
