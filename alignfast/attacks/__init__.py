@@ -4,10 +4,12 @@ from alignfast.attacks import ensemble_estimators, patchout, shaping, starts
 from alignfast.attacks.component import Component, Memory, Position, Start
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.ensemble_estimators import *
+from alignfast.attacks.estimators import ahead as ahead_estimators
 from alignfast.attacks.estimators import base as base_estimators
 from alignfast.attacks.estimators import neighbors as neighbors_estimators
 from alignfast.attacks.estimators import paths as paths_estimators
 from alignfast.attacks.estimators import warps as warps_estimators
+from alignfast.attacks.estimators.ahead import *
 from alignfast.attacks.estimators.base import *
 from alignfast.attacks.estimators.neighbors import *
 from alignfast.attacks.estimators.paths import *
@@ -54,6 +56,7 @@ from alignfast.attacks.transforms.transform import *
 __all__ = ["PRESETS", "Attack", "Component", "Gradient", "Look", "Memory", "Position", "Seen", "Start"]
 __all__ += ["combine", "create", "names_of", "parameters_of"]
 __all__ += ensemble_estimators.__all__
+__all__ += ahead_estimators.__all__
 __all__ += base_estimators.__all__
 __all__ += neighbors_estimators.__all__
 __all__ += paths_estimators.__all__

@@ -48,10 +48,11 @@ def catalog() -> list[Entry]:
 def _entry(name: str) -> Entry:
     preset = PRESETS[name]
     attack = _built(preset)
-    surgeries = attack.source.surgeries if isinstance(attack.source, Surrogate) else ()
+    surgeries: tuple[Surgery, ...] = attack.source.surgeries if isinstance(attack.source, Surrogate) else ()
     start = ["random start"] if attack.random_start else []
-    parts = [text_of(part) for part in (*surgeries, *attack.components) if part not in USUAL]
-    return Entry(name, paper_of(preset), (*start, *parts), attack.copies, attack.passes)
+    parts = [text_of(part) for part in attack.components if part not in USUAL]
+    components = (*map(text_of, surgeries), *start, *parts)
+    return Entry(name, paper_of(preset), components, attack.copies, attack.passes)
 
 
 def paper_of(preset: Callable[..., Attack]) -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 IMAGE = (-3, -2, -1)
 
 
+def total(x: Tensor) -> Tensor:
+    """float64 [..., 1, 1, 1]: the sum, in the order of the indices whatever the layout in memory."""
+    return x.contiguous().sum(IMAGE, keepdim=True, dtype=torch.float64)
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """[..., 1, 1, 1]: the sum of products, taken in float64."""
-    return (a.double() * b).sum(IMAGE, keepdim=True)
+    """float64 [..., 1, 1, 1]: the sum of products."""
+    return total(a.double() * b)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -21,5 +28,5 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def over_mean(grad: Tensor) -> Tensor:
     """grad / mean|grad|, which attacks call their L1 normalisation; zero where the image's gradient is."""
-    mean = grad.abs().mean(IMAGE, keepdim=True, dtype=torch.float64).to(grad.dtype)
+    mean = (total(grad.abs()) / math.prod(grad.shape[-3:])).to(grad.dtype)
     return torch.where(mean > 0, grad / mean, 0)

@@ -65,11 +65,17 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ifgssm": {"stairs": 7},
     "maskblock": {"num_block": 2},
     "pgdl2": {"eps": 1.0, "alpha": 0.3},
+    "smifgrm": {"num_neighbor": 3},
+    "rap": {"adv_steps": 2, "alpha_n": 0.05, "epsilon_n": 0.5, "transpoint": 1},
+    "mig": {"s_factor": 3},
     "pgn": {"num_neighbor": 2},
     "sia": {"num_scale": 2},
     "ssm": {"num_spectrum": 2},
     "usmm": {"num_scale": 2, "num_mix": 2, "pool": pool(3)},
 }
+# Attacks over several samples whose steps are more than signs, so that rounding shows: a model rounds differently with
+# the size of its batch, which is another on the first pass.
+UNSIGNED = {"smifgrm"}
 # Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.
 PARTICULAR = {"admix", "usmm"}
 PARTICULAR |= {"adaea", "cwa", "fia", "ila", "jitter", "logit", "naa", "potrip", "rpa", "svre", "tap", "tpgd"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from alignfast.attacks import (
     AdaptiveTanhStep,
+    Attack,
     Component,
     CornerStart,
     DecayingStep,
@@ -26,14 +28,23 @@ from alignfast.attacks import (
     FrequencyMask,
     GlobalMomentum,
     GradientRelevance,
+    IntegratedGradients,
     L2Step,
+    Memory,
+    NormPenalty,
     PatchwiseStep,
     PenalizedNorm,
     Position,
+    Probability,
+    RandomWalk,
+    RescaledStep,
+    Scales,
     SignStep,
     Smoothing,
     StaircaseStep,
     StepRule,
+    VarianceTuning,
+    WorstCase,
     create,
 )
 from alignfast.attacks.presets import parameters_of
@@ -233,6 +244,60 @@ def lfifgsm(x: Tensor, step: int, grad: Gradient) -> Tensor:
     return torch.from_numpy(scipy.fft.idctn(spectrum, axes=(2, 3), norm="ortho"))
 
 
+def iefgsm(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    present = unit(grad(x))
+    return (present + unit(grad(x + ALPHA * present))) / 2
+
+
+def gnp(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    here = grad(x)
+    return 1.7 * here - 0.7 * grad(x + 0.05 * unit(here))
+
+
+def rap(x: Tensor, step: int, grad: Gradient) -> Tensor:
+    worst = x
+    if step >= 2:
+        worst = (x + noise(0.2, step, 8 * 30)[0]).clamp(0, 1)
+        for _ in range(3):
+            worst = worst - 0.06 * grad(worst).sign()
+            worst = torch.maximum(torch.minimum(worst, x + 0.2), x - 0.2).clamp(0, 1)
+    return grad(worst)
+
+
+def rescaled(m: Tensor, factor: float) -> Tensor:
+    result = []
+    for one in m:
+        logs = [math.log2(abs(value)) for value in one.flatten().tolist()]
+        mean, std = np.mean(logs), np.std(logs)
+        weights = [factor / (1 + math.exp(-(value - mean) / std)) for value in logs]
+        result.append(one.sign() * torch.tensor(weights, dtype=m.dtype).reshape(one.shape))
+    return torch.stack(result)
+
+
+def smifgrm(images: Tensor, grad: Gradient) -> Tensor:
+    adv, m = images, torch.zeros_like(images)
+    for step in range(STEPS):
+        at, total = adv, torch.zeros_like(adv)
+        for stride in noise(1.2 * EPS, step, 8 * 30, 3):
+            total += grad(at)
+            at = at + stride
+        m = DECAY * m + unit(total / 3)
+        adv = clip(adv + ALPHA * rescaled(m, 1.8), images)
+    return adv
+
+
+def ahead(images: Tensor, grad: Gradient) -> Tensor:
+    """VNI-FGSM with the neighbours of the look-ahead point."""
+    adv, m, v = images, torch.zeros_like(images), torch.zeros_like(images)
+    for step in range(STEPS):
+        x = adv + ALPHA * DECAY * m
+        g = grad(x)
+        tuned, v = g + v, sum(grad(x + r) for r in noise(1.2 * EPS, step, 8 * 30, 3, passed=1)) / 3 - g
+        m = DECAY * m + unit(tuned)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    return adv
+
+
 EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     "PGN": (momentum(pgn), BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "gamma": 0.3}),
     "GRA": (gra, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.4, "eta": 0.6}),
@@ -252,6 +317,13 @@ EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
         | {"beta_1": 0.8, "beta_2": 0.95, "mu_1": 1.4, "mu_2": 1.7, "lam": 1.2},
     ),
     "LFIFGSM": (momentum(lfifgsm), BASE | {"decay": DECAY, "kept": 0.4}),
+    "IEFGSM": (momentum(iefgsm), BASE | {"decay": DECAY}),
+    "GNP": (momentum(gnp), BASE | {"decay": DECAY, "r": 0.05, "beta": 0.7}),
+    "RAP": (
+        momentum(rap),
+        BASE | {"decay": DECAY, "transpoint": 2, "epsilon_n": 0.2, "alpha_n": 0.06, "adv_steps": 3},
+    ),
+    "SMIFGRM": (smifgrm, BASE | {"decay": DECAY, "num_neighbor": 3, "beta": 1.2, "rescale_factor": 1.8}),
     "UPGD": (momentum(lambda x, step, grad: grad(x)), BASE | {"decay": DECAY}),
 }
 
@@ -269,6 +341,70 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
     torch.testing.assert_close(adv, expected, rtol=0, atol=1e-6 if name == "PGDL2" else 1e-9)
 
 
+def test_variance_around_the_look_ahead_point() -> None:
+    model, images = network(), photos()
+    expected = ahead(images, gradient_of(model, False))
+    attack = create("vnifgsm", model, seed=SEED, decay=DECAY, N=3, beta=1.2, **BASE)
+    adv = replace(attack, estimator=VarianceTuning(3, 1.2, ahead=True))(images, LABELS, indices=INDICES)
+    torch.testing.assert_close(adv, expected, rtol=0, atol=1e-9)
+    assert not torch.allclose(adv, attack(images, LABELS, indices=INDICES))
+
+
+def test_elements_without_gradient_do_not_count_in_rescaling() -> None:
+    images = torch.full((2, 1, 1, 4), 0.5)
+    grad = torch.tensor([[1.0, 0.0, -4.0, 16.0], [0.0, -3.0, 3.0, 0.0]]).reshape(2, 1, 1, 4)
+    adv = images.clone()
+    RescaledStep().update(Position(images, adv, adv, torch.tensor(0), 5, 0.4, 0.1, False), grad, {})
+    low, high = (2 / (1 + math.exp(-level)) for level in (-math.sqrt(1.5), math.sqrt(1.5)))
+    expected = [0.5 + 0.1 * low, 0.5, 0.4, 0.5 + 0.1 * high, 0.5, 0.4, 0.6, 0.5]
+    assert adv.flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_integrated_gradients_of_the_probability(targeted: bool) -> None:
+    model, images = network(), photos()
+    adv, m = images, torch.zeros_like(images)
+    for _ in range(STEPS):
+        total = torch.zeros_like(images)
+        for i in (1, 2, 3, 4):
+            leaf = (adv * i / 4).requires_grad_()
+            p = torch.exp(model.logits(leaf))
+            p = (p / p.sum(1, keepdim=True))[range(3), LABELS]
+            total += torch.autograd.grad((p if targeted else -p).sum(), leaf)[0]
+        m = DECAY * m + unit(adv * total / 4)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    attack = create("mig", model, targeted=targeted, decay=DECAY, s_factor=4, **BASE)
+    torch.testing.assert_close(attack(images, LABELS, indices=INDICES), adv, rtol=0, atol=1e-9)
+    other = create("mifgsm", model, targeted=targeted, decay=DECAY, **BASE)(images, LABELS, indices=INDICES)
+    assert ((other - adv).abs() > 1e-3).double().mean() > 0.002
+
+
+def test_integrated_gradients_of_a_quadratic_add_up() -> None:
+    """J = x A x / 2 + b x has J(x) - J(0) as the sum of what is attributed, by the rectangle rule up to 1 / S."""
+    weight = torch.randn((4, 4), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    bias = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64)
+
+    class Quadratic(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            x = images.flatten(1)
+            z = ((x @ weight) * x).sum(1) / 2 + x @ bias
+            # Of these two, softmax gives p of the second class between 0 and 1; near 1/2 it is z / 4 but for z^3.
+            return torch.stack([torch.zeros_like(z), 1e-3 * z], 1)
+
+    kept: list[Tensor] = []
+
+    class Keeping(IntegratedGradients):
+        def estimate(self, gradient: Any, position: Position, memory: Memory) -> Tensor:
+            kept.append(super().estimate(gradient, position, memory))
+            return kept[-1]
+
+    images = torch.tensor([[0.2, 0.9, 0.4, 0.7]], dtype=torch.float64).reshape(1, 1, 2, 2)
+    attack = Attack(Quadratic(), 0.1, 0.1, 1, estimator=Keeping(1000), objective=Probability(targeted=True))
+    attack(images, torch.tensor([1]))
+    before, after = (Quadratic()(x).softmax(1)[0, 1] for x in (torch.zeros_like(images), images))
+    assert float(kept[0].sum()) == pytest.approx(float(after - before), rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "other", "parameters"),
     [
@@ -280,6 +416,11 @@ def test_the_papers_equations(name: str, targeted: bool) -> None:
         ("UPGD", "BIM", {}),
         ("GIFGSM", "MIFGSM", {}),
         ("IFGSSM", "BIM", {}),
+        ("SMIFGRM", "MIFGSM", {}),
+        ("IEFGSM", "MIFGSM", {}),
+        ("GNP", "MIFGSM", {}),
+        ("RAP", "RAP", {"transpoint": STEPS}),
+        ("RAP", "RAP", {"transpoint": 0}),
         ("LFIFGSM", "MIFGSM", {}),
         ("PIFGSM", "PIFGSM", {"decay": 0.0}),
         ("PIFGSM", "PIFGSM", {"kern_size": 3}),
@@ -316,6 +457,11 @@ DEFAULTS = {
     "emifgsm": {"decay": 1.0, "num_sample": 11, "radius": 7.0},
     "eotpgd": {"eot_iter": 2, "random_start": True},
     "ffgsm": {"eps": 8 / 255, "alpha": 10 / 255},
+    "gnp": {"decay": 1.0, "r": 0.01, "beta": 0.8},
+    "iefgsm": {"decay": 1.0},
+    "rap": {"decay": 1.0, "transpoint": None, "epsilon_n": 16 / 255, "alpha_n": 2 / 255, "adv_steps": 8},
+    "mig": {"decay": 1.0, "s_factor": 20},
+    "smifgrm": {"decay": 1.0, "num_neighbor": 12, "beta": 1.5, "rescale_factor": 2.0},
     "gifgsm": {"decay": 1.0, "pre_epoch": 5, "s": 10.0},
     "gra": {"decay": 1.0, "num_neighbor": 20, "beta": 3.5, "eta": 0.94},
     "lfifgsm": {"decay": 0.0, "kept": 0.25},
@@ -363,6 +509,17 @@ def test_defaults_are_the_papers(name: str) -> None:
         (lambda: AdaptiveTanhStep(lam=0.0), "lam: got 0.0"),
         (lambda: FrequencyMask(0.0), r"kept: got 0.0; allowed is a number in \(0, 1\]"),
         (lambda: FrequencyMask(1.5), "kept: got 1.5"),
+        (lambda: NormPenalty(r=0.0), "r: got 0.0; allowed is a number greater than 0"),
+        (lambda: NormPenalty(beta=-0.1), "beta: got -0.1"),
+        (lambda: WorstCase(steps=0), "steps: got 0; allowed is a whole number, 1 to 255"),
+        (lambda: WorstCase(steps=256), "steps: got 256"),
+        (lambda: WorstCase(radius=-0.1), "radius: got -0.1"),
+        (lambda: WorstCase(alpha=-0.1), "alpha: got -0.1"),
+        (lambda: WorstCase(late_start=-1), "late_start: got -1"),
+        (lambda: IntegratedGradients(0), "samples: got 0"),
+        (lambda: RandomWalk(0), "samples: got 0"),
+        (lambda: RandomWalk(beta=-1.0), "beta: got -1.0"),
+        (lambda: RescaledStep(factor=0.0), "factor: got 0.0; allowed is a number greater than 0"),
         (lambda: CornerStart(-1.0), "momentum: got -1.0"),
         (lambda: CornerStart(radius=-1.0), "radius: got -1.0"),
     ],
@@ -372,7 +529,30 @@ def test_components_check_their_numbers(build: Callable[[], Component], message:
         build()
 
 
-@pytest.mark.parametrize("name", [name.lower() for name in EQUATIONS])
+SAMPLING = ["emifgsm", "eotpgd", "gra", "mig", "pgn", "rap", "smifgrm"]
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 7])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_max_batch_changes_memory_only(name: str, max_batch: int) -> None:
+    whole, chunked = Halving(), Halving()
+    images, labels = samples.photos(2), samples.labels_of(2)
+    # Two scales of each sample, so that views and samples go in chunks.
+    attack = replace(build(name, whole, seed=4), transforms=[Scales(2)])
+    expected = attack(images, labels)
+    assert torch.equal(replace(attack, source=chunked, max_batch=max_batch)(images, labels), expected)
+    assert max(chunked.batches) <= max(max_batch, 2)
+    assert sum(chunked.batches) == sum(whole.batches) == 2 * attack.steps * attack.passes
+
+
+def test_a_late_start_before_which_it_is_the_plain_attack() -> None:
+    model, images, labels = Halving(), samples.photos(2), samples.labels_of(2)
+    late = build("rap", model, transpoint=4)(images, labels)
+    assert torch.equal(late, build("mifgsm", model)(images, labels))
+    assert create("rap", model, steps=41).estimator.late_start == 10
+
+
+@pytest.mark.parametrize("name", [*(name.lower() for name in EQUATIONS), "mig"])
 def test_as_many_passes_as_are_said(name: str) -> None:
     model = Halving()
     attack = build(name, model, steps=2) if name != "ffgsm" else build(name, model)

@@ -22,7 +22,7 @@ from alignfast.models import Classifier, load_model
 torchattacks = pytest.importorskip("torchattacks")
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample" / "images"
-ATTACKS = ["FGSM", "BIM", "MIFGSM", "NIFGSM", "SINIFGSM"]
+ATTACKS = ["FGSM", "BIM", "MIFGSM", "NIFGSM", "SINIFGSM", "UPGD"]
 
 
 class Plain(nn.Module):
@@ -106,6 +106,34 @@ def test_other_parameters(tiny: tuple[Classifier, Tensor], name: str) -> None:
     parameters = {"eps": 0.05, "alpha": 0.013, "steps": 6, "decay": 0.7} | ({"m": 3} if name == "SINIFGSM" else {})
     theirs = theirs_of(name, model, images, labels, False, **parameters)
     assert_same(name, ours_of(name, model, images, labels, False, **parameters), theirs, images)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_steps_in_l2(tiny: tuple[Classifier, Tensor], targeted: bool) -> None:
+    model, images = tiny
+    labels, parameters = torch.tensor([3, 1, 4, 1, 5]), {"steps": 4, "random_start": False}
+    theirs = theirs_of("PGDL2", model, images, labels, targeted, **parameters)
+    assert (theirs - images).flatten(1).norm(dim=1).min() > 0.5
+    torch.testing.assert_close(ours_of("PGDL2", model, images, labels, targeted, **parameters), theirs)
+
+
+@pytest.mark.parametrize("amplification", [7.0, 10.0])
+def test_patchwise_steps(
+    tiny: tuple[Classifier, Tensor], amplification: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchattacks takes the sign of what rounding leaves of sums that are zero, unless that is taken away."""
+    spread = torchattacks.PIFGSM.project_noise
+
+    def rounded(self: Any, *arguments: Any) -> Tensor:
+        result: Tensor = spread(self, *arguments)
+        return torch.where(result.abs() > 1e-6, result, 0)
+
+    monkeypatch.setattr(torchattacks.PIFGSM, "project_noise", rounded)
+    model, images = tiny
+    labels, eps = torch.tensor([3, 1, 4, 1, 5]), 16 / 255
+    theirs = torchattacks.PIFGSM(Plain(model).eval(), max_epsilon=eps, amplification=amplification)(images, labels)
+    ours = create("pifgsm", model, eps=eps, alpha=eps / 10, amplification=amplification)(images, labels)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,15 +13,16 @@ from alignfast.attacks.gradient import Gradient, Look
 from alignfast.attacks.per_image import cosine, over_mean
 from alignfast.checks import check_count, check_number
 
-__all__ = ["GradientRelevance", "PenalizedNorm", "VarianceTuning"]
+__all__ = ["GradientRelevance", "PenalizedNorm", "RandomWalk", "VarianceTuning"]
 
 
 @dataclass(frozen=True)
 class VarianceTuning(Estimator):
     """VT (Wang and He, CVPR 2021, eq. 6 and 7): g + v, with v the last step's mean gradient of neighbours less g.
 
-    The neighbours are `neighbors` points within `beta` eps of the images so far, not of the look-ahead point (as in
-    torchattacks; TransferAttack takes the latter).
+    The neighbours are `neighbors` points within `beta` eps of the images so far, as in torchattacks, or of the point
+    where the gradient is taken with `ahead`. These differ for step rules that look ahead; TransferAttack looks ahead,
+    too, but from the momentum that the step is only about to make.
 
     Raises:
         ValueError: no neighbour, or a negative beta.
@@ -29,6 +30,7 @@ class VarianceTuning(Estimator):
 
     neighbors: int = 5
     beta: float = 1.5
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         _check(self.neighbors, self.beta)
@@ -45,8 +47,8 @@ class VarianceTuning(Estimator):
         tuned = here + variance
         # The variance of the last step would serve no other.
         if not position.last:
-            radius = self.beta * position.eps
-            around = gradient.mean(self.neighbors, lambda look: look.gradient(look.neighbors(position.adv, radius)))
+            radius, centre = self.beta * position.eps, position.point if self.ahead else position.adv
+            around = gradient.mean(self.neighbors, lambda look: look.gradient(look.neighbors(centre, radius)))
             torch.sub(around, here, out=variance)
         return tuned
 
@@ -109,6 +111,40 @@ class GradientRelevance(Estimator):
         around = gradient.mean(self.neighbors, lambda look: look.gradient(look.neighbors(position.point, radius)))
         relevance = cosine(here, around)
         return relevance * here + (1 - relevance) * around
+
+
+@dataclass(frozen=True)
+class RandomWalk(Estimator):
+    """The depth-first sampling of SMI-FGRM (Han et al., arXiv 2307.02828): the mean gradient along a walk from x.
+
+    Of its `samples` points the first is x itself, and each is uniform within `beta` eps of the one before.
+
+    Raises:
+        ValueError: no sample, or a negative beta.
+    """
+
+    samples: int = 12
+    beta: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        check_number("beta", self.beta, low=0.0)
+
+    @property
+    def passes(self) -> int:
+        return self.samples
+
+    def estimate(self, gradient: Gradient, position: Position, memory: Memory) -> Tensor:
+        point, radius = position.point, self.beta * position.eps
+
+        def on_the_way(look: Look) -> Tensor:
+            # A sample needs the draws of all before it, whichever are asked for together.
+            first, own = look.which[:1], look.draws
+            draws = replace(own, copies=own.copies[:1] - first + torch.arange(self.samples, device=first.device))
+            strides = draws.uniform(shape=tuple(point.shape[1:]), low=-radius, high=radius).to(point.dtype)
+            return look.gradient(point + (strides.cumsum(0) - strides)[look.which])
+
+        return gradient.mean(self.samples, on_the_way)
 
 
 def _check(neighbors: int, beta: float) -> None:

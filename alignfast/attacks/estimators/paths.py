@@ -13,7 +13,7 @@ from alignfast.attacks.gradient import Gradient, Look
 from alignfast.attacks.per_image import over_mean
 from alignfast.checks import check_count, check_number
 
-__all__ = ["EnhancedMomentum"]
+__all__ = ["EnhancedMomentum", "IntegratedGradients"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,33 @@ class EnhancedMomentum(Estimator):
         mean = gradient.mean(self.samples, along)
         direction.copy_(over_mean(mean))
         return mean
+
+
+@dataclass(frozen=True)
+class IntegratedGradients(Estimator):
+    """IG (Sundararajan et al., ICML 2017, eq. 3) from black, as in MIG (Ma et al., ICCV 2023): x times a mean gradient.
+
+    The mean is over the points i / S x, i = 1, ..., S = `samples`. Unlike TransferAttack's, the gradients at these are
+    not multiplied by i / S.
+
+    Raises:
+        ValueError: no sample.
+    """
+
+    samples: int = 20
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+
+    @property
+    def passes(self) -> int:
+        return self.samples
+
+    def estimate(self, gradient: Gradient, position: Position, memory: Memory) -> Tensor:
+        point = position.point
+
+        def along(look: Look) -> Tensor:
+            shares = (look.which + 1).to(point.dtype) / self.samples
+            return look.gradient(shares[:, None, None, None, None] * point)
+
+        return point * gradient.mean(self.samples, along)

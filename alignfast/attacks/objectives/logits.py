@@ -21,7 +21,17 @@ from alignfast.attacks.observe import Seen
 from alignfast.checks import check_number
 from alignfast.models import Classifier
 
-__all__ = ["CrossEntropy", "Divergence", "Jittered", "Logit", "LogitMargin", "LogitRatio", "Margin", "PoincareTriplet"]
+__all__ = [
+    "CrossEntropy",
+    "Divergence",
+    "Jittered",
+    "Logit",
+    "LogitMargin",
+    "LogitRatio",
+    "Margin",
+    "PoincareTriplet",
+    "Probability",
+]
 
 # Below this, what is divided by is taken to be this: where it is 0, so is what it divides.
 TINY = 1e-12
@@ -236,3 +246,14 @@ def _best_other(logits: Tensor, labels: Tensor) -> Tensor:
     """[B]: the largest logit of another class than the label; the label's own where there is no other."""
     others = logits if logits.shape[1] == 1 else logits.scatter(1, labels[:, None], -math.inf)
     return others.amax(1)
+
+
+@dataclass(frozen=True)
+class Probability(Objective):
+    """-p of the label, or p of the target class if targeted, with p the softmax (MIG, Ma et al., ICCV 2023)."""
+
+    targeted: bool = False
+
+    def gain(self, seen: Seen, labels: Tensor, memory: Memory) -> Tensor:
+        probability = seen.logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        return probability if self.targeted else -probability

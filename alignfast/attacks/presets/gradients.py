@@ -12,11 +12,17 @@ from torch import nn
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import (
     EnhancedMomentum,
+    EulerMean,
     Expectation,
     GradientRelevance,
+    IntegratedGradients,
+    NormPenalty,
     PenalizedNorm,
+    RandomWalk,
     VarianceTuning,
+    WorstCase,
 )
+from alignfast.attacks.objectives import Probability
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import FrequencyMask, Smoothing
 from alignfast.attacks.steps import (
@@ -26,6 +32,7 @@ from alignfast.attacks.steps import (
     GlobalMomentum,
     L2Step,
     PatchwiseStep,
+    RescaledStep,
     SignStep,
     StaircaseStep,
 )
@@ -38,17 +45,22 @@ __all__ = [
     "FFGSM",
     "FGSM",
     "GIFGSM",
+    "GNP",
     "GRA",
+    "IEFGSM",
     "IFGSSM",
     "LFIFGSM",
     "MIFGSM",
+    "MIG",
     "NIFGSM",
     "PGD",
     "PGDL2",
     "PGN",
     "PIFGSM",
     "PIFGSMPP",
+    "RAP",
     "RFGSM",
+    "SMIFGRM",
     "VMIFGSM",
     "VNIFGSM",
 ]
@@ -267,7 +279,7 @@ def PIFGSMPP(
     project_factor: float = 0.8,
     **options: Unpack[Options],
 ) -> Attack:
-    """PI-FGSM on the smoothed gradient with a smaller spread part, as in torchattacks (Gao et al., arXiv 2020)."""
+    """PI-FGSM on the smoothed gradient, with a smaller spread part that is not amplified (Gao et al., arXiv 2020)."""
     step = PatchwiseStep(decay, amplification=amplification, factor=project_factor, feedback=False)
     return build(source, eps, alpha, steps, shaping=[Smoothing("gaussian", 3, 3.0)], step=step, **options)
 
@@ -300,3 +312,77 @@ def LFIFGSM(
 ) -> Attack:
     """BIM along the low frequencies of the gradient (Guo et al., UAI 2019; Sharma et al., IJCAI 2019)."""
     return build(source, eps, alpha, steps, shaping=[FrequencyMask(kept)], step=SignStep(decay), **options)
+
+
+def IEFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over the mean of the present and the anticipated gradient (Peng et al., ICASSP 2023)."""
+    return build(source, eps, alpha, steps, estimator=EulerMean(), step=SignStep(decay), **options)
+
+
+def GNP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    r: float = 0.01,
+    beta: float = 0.8,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum with a penalty on the gradient's norm (Wu et al., ICIP 2023)."""
+    return build(source, eps, alpha, steps, estimator=NormPenalty(r, beta), step=SignStep(decay), **options)
+
+
+def RAP(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    transpoint: int | None = None,
+    epsilon_n: float = 16 / 255,
+    alpha_n: float = 2 / 255,
+    adv_steps: int = 8,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum at the worst point around, from step transpoint or a quarter on (Qin et al., NeurIPS 2022)."""
+    late_start = steps // 4 if transpoint is None else transpoint
+    estimator = WorstCase(adv_steps, epsilon_n, alpha_n, late_start)
+    return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
+
+
+def MIG(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    s_factor: int = 20,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum along integrated gradients of the probability, from black (Ma et al., ICCV 2023)."""
+    estimator, step = IntegratedGradients(s_factor), SignStep(decay)
+    return build(source, eps, alpha, steps, objective=Probability, estimator=estimator, step=step, **options)
+
+
+def SMIFGRM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    num_neighbor: int = 12,
+    beta: float = 1.5,
+    rescale_factor: float = 2.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over a random walk, rescaled instead of its sign alone (Han et al., arXiv 2023)."""
+    estimator, step = RandomWalk(num_neighbor, beta), RescaledStep(decay, factor=rescale_factor)
+    return build(source, eps, alpha, steps, estimator=estimator, step=step, **options)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from alignfast.attacks.component import Memory, Position, Start
-from alignfast.attacks.per_image import over_mean
+from alignfast.attacks.per_image import dot, over_mean, total
 from alignfast.attacks.steps.sign import SignStep, StepRule
 from alignfast.checks import check_count, check_number
 from alignfast.ops import smooth
 
-__all__ = ["AdaptiveTanhStep", "DecayingStep", "PatchwiseStep", "StaircaseStep"]
+__all__ = ["AdaptiveTanhStep", "DecayingStep", "PatchwiseStep", "RescaledStep", "StaircaseStep"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,34 @@ class StaircaseStep(SignStep):
         stair = torch.searchsorted(size.sort(-1).values[..., places], size).reshape(direction.shape)
         weight = (2 * stair + 1).to(direction.dtype) / self.stairs
         move(position, position.alpha * weight * direction.sign())
+
+
+@dataclass(frozen=True)
+class RescaledStep(SignStep):
+    """FGRM (Han et al., arXiv 2307.02828): alpha c sign(m) s(l), with s the logistic function.
+
+    l is log2 |m| less its mean over the image and over its standard deviation, both of the elements other than 0; m is
+    the momentum, or else the gradient. c: `factor`. TransferAttack takes the sign of this once more.
+
+    Raises:
+        ValueError: a negative momentum, or a factor that is not positive.
+    """
+
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("factor", self.factor, low=0.0, open_low=True)
+
+    def update(self, position: Position, grad: Tensor, memory: Memory) -> None:
+        direction = followed(grad, self.momentum, memory)
+        there = direction != 0
+        count = total(there).clamp(min=1)
+        size = torch.where(there, direction.abs().log2(), 0)
+        size = torch.where(there, size - total(size) / count, 0)
+        deviation = (dot(size, size) / count).sqrt()
+        level = torch.where(deviation > 0, size / deviation, 0).to(direction.dtype)
+        move(position, (position.alpha * self.factor) * direction.sign() * level.sigmoid())
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ class GlobalMomentum(SignStep):
         check_number("factor", self.factor, low=0.0)
 
     def memory(self, start: Start) -> Memory:
+        if not self.momentum:
+            return {}
         # A step of 1 leaves the ball or the range whatever its radius, as any longer one does.
         return start.rehearse(SignStep(self.momentum, self.nesterov), self.steps, min(self.factor * start.alpha, 1.0))
 
