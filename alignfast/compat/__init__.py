@@ -1,0 +1,1 @@
+"""Drop-in counterparts of other packages: their names, arguments and numbers over this package's engine."""
