@@ -90,10 +90,10 @@ class Attack:
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """The model takes images normalised by one mean and std a channel, and so does this attack from now on."""
-        mean, std = (torch.tensor(values).reshape(1, len(values), 1, 1) for values in (mean, std))
-        for attack in (self, *self._parts()):
-            attack.normalization_used = {"mean": mean, "std": std}
-            attack._set_normalization_applied(True)
+        self.normalization_used = {"mean": _by_channel(mean), "std": _by_channel(std)}
+        self._set_normalization_applied(True)
+        for attack in self._parts():
+            attack.set_normalization_used(mean, std)
 
     def normalize(self, inputs: Tensor) -> Tensor:
         mean, std = self._normalization(inputs)
@@ -146,10 +146,11 @@ class Attack:
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
         """Attack the model in training mode, its batch norms and dropouts only if wanted."""
-        for attack in (self, *self._parts()):
-            attack._model_training = model_training
-            attack._batchnorm_training = batchnorm_training
-            attack._dropout_training = dropout_training
+        self._model_training = model_training
+        self._batchnorm_training = batchnorm_training
+        self._dropout_training = dropout_training
+        for attack in self._parts():
+            attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
 
     def get_target_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """int64 [N]: the classes to reach, as the mode says."""
@@ -245,8 +246,7 @@ class Attack:
         for name in {"adv_inputs", "clean_inputs"} & set(names):
             held[name] = Attack.to_type(held[name], "float")
             if normalize is not None:
-                mean, std = (torch.tensor(normalize[part]).reshape(1, -1, 1, 1) for part in ("mean", "std"))
-                held[name] = (held[name] - mean) / std
+                held[name] = (held[name] - _by_channel(normalize["mean"])) / _by_channel(normalize["std"])
         print(f"Data is loaded in the following order: [{', '.join(names)}]")
         return DataLoader(TensorDataset(*(held[name] for name in names)), batch_size=batch_size, shuffle=shuffle)
 
@@ -353,6 +353,10 @@ class Attack:
             f"({elapsed_time:2.3f} it/s) \t",
             end=end,
         )
+
+
+def _by_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).reshape(1, len(values), 1, 1)
 
 
 def _past(numbers: Tensor, labels: Tensor) -> Tensor:

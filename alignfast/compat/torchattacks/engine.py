@@ -274,7 +274,8 @@ class L2Step(Step):
 
 def _norms(images: Tensor) -> Tensor:
     """[N, 1, 1, 1]"""
-    return torch.norm(images.flatten(1), p=2, dim=1)[:, None, None, None]
+    norms: Tensor = torch.norm(images.flatten(1), p=2, dim=1)
+    return norms[:, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ def uniform_in_l2(radius: float) -> Map:
 
     def offset(images: Tensor) -> Tensor:
         delta = torch.empty_like(images).normal_()
-        norms = delta.flatten(1).norm(p=2, dim=1)[:, None, None, None]
+        norms = _norms(delta)
         return delta * (torch.zeros_like(norms).uniform_(0, 1) / norms * radius)
 
     return offset

@@ -56,7 +56,7 @@ class MultiAttack(Attack):
             print(_rates_text(records))
         return result
 
-    def save(
+    def save(  # type: ignore[override]
         self,
         data_loader: Any,
         save_path: str | os.PathLike[str] | None = None,

@@ -86,7 +86,13 @@ class SINIFGSM(Attack):
         images, wanted = self._wanted(images, labels)
         step = MomentumStep(decay=self.decay, nesterov=True)
         return self._attack(
-            images, wanted, step, steps=self.steps, eps=self.eps, alpha=self.alpha, transforms=[Scales(self.m)]
+            images,
+            wanted,
+            step,
+            steps=self.steps,
+            eps=self.eps,
+            alpha=self.alpha,
+            transforms=[Scales(self.m)],
         )
 
 
