@@ -18,7 +18,7 @@ from alignfast.compat.parity import CASES, Case, batches_of, difference, large_n
 theirs = pytest.importorskip("torchattacks")
 
 Network = tuple[nn.Module, Tensor, Tensor]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.4914, 0.4465, 0.1307), (0.23, 0.21, 0.2023)
 MODES: dict[str, Callable[[Any], None]] = {
     "random": lambda attack: attack.set_mode_targeted_random(quiet=True),
     "least likely": lambda attack: attack.set_mode_targeted_least_likely(quiet=True),

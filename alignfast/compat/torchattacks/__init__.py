@@ -10,7 +10,6 @@ What is different:
   lower level and undoes part of the attack. Files are written whole or not at all, after the last batch, and read with
   weights_only=True; each package reads the other's.
 - Weights of the model get no gradients from PIFGSM and PIFGSMPP.
-- An image whose gradient is zero throughout stays as it is; there, momentum makes it NaN.
 - Images outside [0, 1], eps or alpha above 1 in the L-inf norm, steps below 1 and labels that are not int64 are
   refused before the model runs.
 - Images of any number of channels serve, but for PIFGSMPP.

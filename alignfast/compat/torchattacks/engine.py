@@ -1,8 +1,7 @@
 """The engine's components as torchattacks computes: one loss for the batch, draws from torch's own generator.
 
 Everything else in this package draws with Philox and keeps images apart; here the order of draws and of roundings is
-that of torchattacks 3.5.1, so that its numbers come out to the last bit. Where there the gradient of an image is all
-zero and a division by its size gives NaN, here it gives no step.
+that of torchattacks 3.5.1, so that its numbers come out to the last bit.
 """
 
 from __future__ import annotations
@@ -240,7 +239,10 @@ class BoundedStep(Step):
 
 @dataclass(frozen=True)
 class MomentumStep(SignStep):
-    """g / mean|g| plus decay times that of the step before; nesterov: the gradient is that of a point ahead."""
+    """g / mean|g| plus decay times that of the step before; nesterov: the gradient is that of a point ahead.
+
+    A gradient that is zero throughout makes this NaN, whose sign is 0: the image stays where it is from then on.
+    """
 
     decay: float = 1.0
     nesterov: bool = False
@@ -254,7 +256,7 @@ class MomentumStep(SignStep):
     def update(self, position: Position, grad: Tensor, memory: Memory) -> None:
         momentum = memory["momentum"]
         size = torch.mean(torch.abs(grad), dim=(1, 2, 3), keepdim=True)
-        momentum.copy_(torch.where(size == 0, 0, grad / size) + momentum * self.decay)
+        momentum.copy_(grad / size + momentum * self.decay)
         super().update(position, momentum, memory)
 
 
