@@ -79,6 +79,10 @@ CASES = [
     Case("TIFGSM", {"kernel_name": "linear", "len_kernel": 5, "decay": 1.0}),
     Case("PIFGSM", steps="num_iter_set", targeted=False),
     Case("PIFGSMPP", steps="num_iter_set"),
+    Case("APGD", {"n_restarts": 2}, targeted=False),
+    Case("APGD", {"norm": "L2", "eps": 0.7, "loss": "dlr", "eot_iter": 2}, targeted=False),
+    Case("APGDT", {"n_classes": 4}, targeted=False),
+    Case("APGDT", {"norm": "L2", "eps": 0.7, "n_classes": 3}, targeted=False),
 ]
 
 
@@ -106,7 +110,7 @@ def difference(
             torch.manual_seed(SEED)
             results.append([attack(images, labels) for images, labels in batches])
             states.append(torch.get_rng_state())
-    mine, others = (torch.cat(images) for images in results)
+    mine, others = (torch.cat(images).detach() for images in results)
     clean = torch.cat([images for images, _ in batches])
     return Difference(
         largest=float((mine - others).abs().max()),

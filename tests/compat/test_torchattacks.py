@@ -137,6 +137,28 @@ def test_normalised_images(small: Network, name: str) -> None:
     same(use)
 
 
+class RobModel(nn.Module):
+    """As of the package MAIR, which says how its images are normalised."""
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network, self.mean, self.std = network, mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+def test_models_that_say_their_normalisation(small: Network, normalises: bool) -> None:
+    network, images, labels = small
+    mean, std = (torch.tensor(values) for values in ((MEAN, STD) if normalises else ((0.0,) * 3, (1.0,) * 3)))
+    model = RobModel(network, mean, std).eval()
+    shown = (images - mean[:, None, None]) / std[:, None, None]
+    same(lambda package: package.FGSM(model)(shown, labels))
+    assert ("normalization_used=True" in repr(ours.FGSM(model))) == normalises
+
+
 def test_losses_of_ones_own(small: Network) -> None:
     network, images, labels = small
 
@@ -171,6 +193,15 @@ def test_other_parameters(small: Network, name: str) -> None:
         "BIM": {"steps": 0},
     }[name]
     same(lambda package: getattr(package, name)(network, eps=0.07, alpha=0.02, **parameters)(images[:5], labels[:5]))
+
+
+@pytest.mark.parametrize("eps", [8 / 255, 0.05])
+@pytest.mark.parametrize("name", ["APGD", "APGDT"])
+def test_checkpoints(small: Network, name: str, eps: float) -> None:
+    """Over so many steps that some are halved and others are not."""
+    network, images, labels = small
+    parameters = {"n_classes": 3} if name == "APGDT" else {"rho": 0.6}
+    same(lambda package: getattr(package, name)(network, eps=eps, steps=25, seed=3, **parameters)(images, labels))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
@@ -427,6 +458,14 @@ def test_refusals(small: Network) -> None:
         ours.PGD(network).set_mode_targeted_least_likely(0)
     with pytest.raises(ValueError, match="loss: got 'cw'"):
         ours.UPGD(network, loss="cw")(images, labels)
+    with pytest.raises(ValueError, match="loss: got 'cw'"):
+        ours.APGD(network, loss="cw")(images, labels)
+    with pytest.raises(ValueError, match="eps: got 8"):
+        ours.APGD(network, eps=8)(images, labels)
+    with pytest.raises(ValueError, match="norm: got 'L1'"):
+        ours.APGDT(network, norm="L1")(images, labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="images: values span"):
+        ours.APGD(network)(images * 2, labels)
     with pytest.raises(ValueError, match=r"kernel_name: got 'gauss'.*did you mean 'gaussian'"):
         ours.TIFGSM(network, kernel_name="gauss")
     attack = ours.PGD(nn.Sequential(nn.Flatten(), nn.Linear(768, 1)))
@@ -462,7 +501,7 @@ def large() -> Network:
 
 @pytest.mark.parametrize(
     ("case", "targeted"),
-    [(Case("PGD"), False), (Case("TIFGSM"), True), (Case("VNIFGSM", {"N": 2}), False)],
+    [(Case("PGD"), False), (Case("TIFGSM"), True), (Case("VNIFGSM", {"N": 1}), False)],
     ids=lambda value: getattr(value, "title", str(value)),
 )
 def test_an_imagenet_classifier(large: Network, case: Case, targeted: bool) -> None:

@@ -3,6 +3,10 @@
 Names, arguments, defaults and modes are those of torchattacks, and on the CPU in float32 so are the numbers, to the
 last bit and with the same draws from torch's global generator; docs/parity.md has the differences that were measured.
 
+Here are the attacks that follow gradients in the L-inf or the L2 norm. Not here: AutoAttack, whose FAB and Square do
+not; the other norms; LGV, PGDRS and PGDRSL2; methods of single attacks that compute parts of them, such as
+`input_diversity` or `perturb`.
+
 What is different:
 - Every module is put back into its own mode, training or evaluation; there, all of a model that was training is.
   Batch norms and dropouts keep to `set_model_training_mode` when target labels are chosen by the model, too.
@@ -15,14 +19,16 @@ What is different:
 - Images of any number of channels serve, but for PIFGSMPP.
 """
 
-from alignfast.compat.torchattacks import iterative, multi, one_step, transferable
+from alignfast.compat.torchattacks import auto, iterative, multi, one_step, transferable
 from alignfast.compat.torchattacks.attack import Attack
+from alignfast.compat.torchattacks.auto import *
 from alignfast.compat.torchattacks.iterative import *
 from alignfast.compat.torchattacks.multi import *
 from alignfast.compat.torchattacks.one_step import *
 from alignfast.compat.torchattacks.transferable import *
 
 __all__ = ["Attack"]
+__all__ += auto.__all__
 __all__ += iterative.__all__
 __all__ += multi.__all__
 __all__ += one_step.__all__
