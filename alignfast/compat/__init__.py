@@ -1,1 +1,1 @@
-"""Other packages' names over the same engine."""
+"""Drop-in counterparts of other packages: their names, arguments and numbers over this package's engine."""
