@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -261,8 +262,8 @@ def attack_command(
     spec = attack_spec("attack", {"name": attack, **given, "seed": seed, "targeted": targeted})
     place = check_device(device)
     source = trained_model(model, checkpoint, num_classes).to(place)
-    engine = create(source=source, **spec)
     dataset = load_dataset(data, image_size=_side(source, model), num_classes=source.num_classes)
+    engine = create(source=source, **_pooled(spec, dataset, place))
     if targeted and dataset.targets is None:
         raise ValueError(f"targeted: {data} lists no targeted labels; allowed is a labels.csv with targeted_label")
     subset = _spread(dataset, limit)
@@ -353,7 +354,7 @@ def transfer_command(
     matrix = transfer_matrix(
         models["sources"],
         models["targets"],
-        settings.attacks,
+        {name: _pooled(spec, dataset, place) for name, spec in settings.attacks.items()},
         loader(subset, settings.batch_size, workers=workers),
         qualified=settings.qualified,
         baseline=settings.baseline,
@@ -418,6 +419,15 @@ def _spread(dataset: ImageDataset, limit: int | None) -> ImageDataset | Subset[A
         return dataset
     check_count("limit", limit)
     return _subset(dataset, spread_indices(len(dataset), limit))
+
+
+def _pooled(spec: Mapping[str, Any], dataset: ImageDataset, place: torch.device) -> Mapping[str, Any]:
+    """A number of images to mix in as so many images, spread evenly over the data set."""
+    if "pool" not in spec:
+        return spec
+    count = check_count("pool", spec["pool"], high=len(dataset))
+    images = [dataset[index].image for index in spread_indices(len(dataset), count)]
+    return {**spec, "pool": torch.stack(images).to(place)}
 
 
 def _subset(dataset: ImageDataset, indices: Sequence[int]) -> Subset[Any]:

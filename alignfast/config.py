@@ -17,6 +17,8 @@ from alignfast.models import Classifier, Ensemble, load_model
 
 MODEL_KEYS = ("model", "checkpoint", "pretrained", "weights", "num_classes", "input_size")
 ENSEMBLE_KEYS = ("ensemble", "combine")
+# Images to mix in, where an attack mixes and is not told how many.
+POOL = 32
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,18 @@ def number(text: str | float) -> float:
 
 
 def attack_spec(where: str, spec: Any) -> dict[str, Any]:
-    """A mapping of an attack's name and parameters, with texts turned into what the parameters are."""
+    """A mapping of an attack's name and parameters, with texts turned into what the parameters are.
+
+    A pool of images to mix in is given by how many of the data set's it has.
+    """
     if not isinstance(spec, dict) or "name" not in spec:
         raise ValueError(f"{where}: got {spec!r}; allowed is a mapping with the name of an attack")
     name = "+".join(names_of(str(spec["name"]), f"{where}.name"))
     allowed = parameters_of(name)
     given = {key: value for key, value in spec.items() if key != "name"}
     check_known(where, "key", given, allowed)
-    return {"name": name} | {key: typed(f"{where}.{key}", value, allowed[key]) for key, value in given.items()}
+    usual = {"pool": POOL} if "pool" in allowed else {}
+    return {"name": name} | usual | {key: typed(f"{where}.{key}", value, allowed[key]) for key, value in given.items()}
 
 
 def typed(where: str, value: Any, default: Any) -> Any:

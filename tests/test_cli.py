@@ -135,6 +135,22 @@ def test_attacks_combine_and_know_their_norm(photos: Path, checkpoints: tuple[st
     assert manifest["norm"] == "linf"
 
 
+def test_a_pool_is_given_by_its_size(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner
+) -> None:
+    few = ["--param", "num_scale=1", "--param", "num_admix=1"]
+    assert cli.run(attack(photos, checkpoints[0], tmp_path / "adv", *few, "--param", "pool=4", name="admix")) == 0
+    assert json.loads((tmp_path / "adv" / "manifest.json").read_text())["parameters"]["pool"] == 4
+    assert "pool: got 7; allowed is a whole number, 1 to 6" in refused(
+        *attack(photos, checkpoints[0], tmp_path / "no", *few, "--param", "pool=7", name="admix")
+    )
+    mixes = {"name": "admix", "steps": 1, "num_scale": 1, "num_admix": 1, "pool": 3}
+    config = matrix_file(photos, checkpoints, tmp_path / "m.yaml", attacks={"admix": mixes})
+    assert cli.run(["transfer", "--config", str(config), "--out", str(tmp_path / "m")]) == 0
+    described = json.loads((tmp_path / "m" / "matrix.json").read_text())["config"]["attacks"]["admix"]
+    assert "pool=<float32 [3, 3, 160, 160]" in described["transforms"]
+
+
 def test_the_list_of_attacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["attack", "--list"]) == 0
     printed = capsys.readouterr().out

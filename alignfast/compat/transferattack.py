@@ -6,7 +6,9 @@
 
 What differs on purpose: arguments that an attack does not know are refused instead of ignored; each image has draws of
 its own, from `seed`, instead of one for the batch from the global generator; an L2 start lies in the ball; images are
-written rounded, not truncated; models may be modules, and run on the CPU too.
+written rounded, not truncated; models may be modules, and run on the CPU too. Arguments that say where in a model an
+attack takes hold are names of its modules, or None for the attack's own choice. Admix and US-MM mix within the batch
+unless they are given a `pool`, on which results then depend instead.
 """
 
 from __future__ import annotations
@@ -65,12 +67,62 @@ RENAMED = {"eps", "alpha", "steps"}
 # Of presets, with other names here or none; and the start, which every attack has here.
 OWN_OPTIONS = {"seed", "targeted", "max_batch", "memory", "cuda_graph", "random_start"}
 
+TARGETED = {"alpha": 2 / 255, "epoch": 300, "targeted": True}
+NEIGHBORS = {"num_neighbor": "N"}
+KERNEL = {"kernel_type": "kernel_name", "kernel_size": "len_kernel"}
+LAYER = {"feature_layer": "layer"}
+ENSEMBLE = {"random_start": True}
+
 attack_zoo: dict[str, Peer] = {
     "fgsm": Peer("fgsm", "FGSM", "FGSM"),
     "ifgsm": Peer("bim", "IFGSM", "I-FGSM"),
     "mifgsm": Peer("mifgsm", "MIFGSM", "MI-FGSM"),
     "nifgsm": Peer("nifgsm", "NIFGSM", "NI-FGSM"),
-    "vmifgsm": Peer("vmifgsm", "VMIFGSM", "VMI-FGSM", {"num_neighbor": "N"}, {"num_neighbor": 20}),
+    "pifgsm": Peer("pifgsm", "PIFGSM", "PI-FGSM", {"beta": "amplification"}),
+    "vmifgsm": Peer("vmifgsm", "VMIFGSM", "VMI-FGSM", NEIGHBORS, {"num_neighbor": 20}),
+    "vnifgsm": Peer("vnifgsm", "VNIFGSM", "VNI-FGSM", NEIGHBORS, {"num_neighbor": 20}),
+    "emifgsm": Peer("emifgsm", "EMIFGSM", "EMI-FGSM"),
+    "aifgtm": Peer("aifgtm", "AIFGTM", "AI-FGTM"),
+    "ifgssm": Peer("ifgssm", "IFGSSM", "I-FGSSM"),
+    "smifgrm": Peer("smifgrm", "SMIFGRM", "SMI-FGRM"),
+    "rap": Peer("rap", "RAP", "RAP", defaults={"alpha": 2 / 255, "epoch": 400, "transpoint": 100}),
+    "iefgsm": Peer("iefgsm", "IEFGSM", "IE-FGSM"),
+    "gnp": Peer("gnp", "GNP", "GNP"),
+    "gra": Peer("gra", "GRA", "GRA"),
+    "mig": Peer("mig", "MIG", "MIG"),
+    "pgn": Peer("pgn", "PGN", "PGN"),
+    "gifgsm": Peer("gifgsm", "GIFGSM", "GI-FGSM"),
+    "dim": Peer("dim", "DIM", "DIM"),
+    "tim": Peer("tim", "TIM", "TIM", KERNEL),
+    "sim": Peer("sim", "SIM", "SIM", {"num_scale": "m"}),
+    "admix": Peer("admix", "Admix", "Admix"),
+    "maskblock": Peer("maskblock", "MaskBlock", "MaskBlock", defaults={"alpha": 2 / 255}),
+    "ssm": Peer("ssm", "SSM", "SSM"),
+    "sia": Peer("sia", "SIA", "SIA"),
+    "bsr": Peer("bsr", "BSR", "BSR", defaults={"num_block": 3}),
+    "usmm": Peer("usmm", "USMM", "USMM"),
+    "decowa": Peer("decowa", "DeCowA", "DeCowA"),
+    "tap": Peer("tap", "TAP", "TAP", defaults={"epoch": 100}),
+    "ila": Peer("ila", "ILA", "ILA"),
+    "fia": Peer("fia", "FIA", "FIA", LAYER),
+    "naa": Peer("naa", "NAA", "NAA", LAYER),
+    "rpa": Peer("rpa", "RPA", "RPA", LAYER),
+    "potrip": Peer("potrip", "POTRIP", "POTRIP", defaults=TARGETED),
+    "logit": Peer("logit", "LOGIT", "Logit", defaults=TARGETED),
+    "logit_margin": Peer("logit_margin", "Logit_Margin", "Logit_Margin", defaults=TARGETED),
+    "sgm": Peer("sgm", "SGM", "SGM", defaults={"gamma": 0.2}),
+    "linbp": Peer("linbp", "LinBP", "LinBP", defaults={"epoch": 300}),
+    "pna_patchout": Peer("pna_patchout", "PNA_PatchOut", "pna-patchout"),
+    "sapr": Peer("sapr", "SAPR", "SAPR"),
+    "tgr": Peer("tgr", "TGR", "TGR"),
+    "bpa": Peer("bpa", "BPA", "BPA"),
+    "faug": Peer("faug", "FAUG", "FAUG", defaults={"alpha": 2 / 255}),
+    "ghost": Peer("ghostnetwork", "GhostNetwork_MIFGSM", "GhostNetwork"),
+    "ens": Peer("mifgsm", "ENS", "ENS"),
+    "svre": Peer("svre", "SVRE", "SVRE", defaults=ENSEMBLE),
+    "adaea": Peer("adaea", "AdaEA", "AdaEA", defaults=ENSEMBLE),
+    "cwa": Peer("cwa", "CWA", "CWA", defaults=ENSEMBLE | {"alpha": 3.2 / 255}),
+    "lgv": Peer("lgv", "LGV", "LGV", defaults=ENSEMBLE),
 }
 
 
@@ -143,13 +195,16 @@ class TransferAttack:
         images, labels = data.to(self.device), torch.as_tensor(label).to(self.device)
         if indices is None:
             indices = torch.arange(self._seen, self._seen + len(images))
-        delta = self.attack(images, labels, indices=indices.to(self.device)) - images
+        # Without a pool of its own, an attack that mixes images does so within the batch, as TransferAttack does.
+        mixing = "pool" in self.arguments and self.arguments["pool"] is None
+        attack = self._made(pool=images) if mixing else self.attack
+        delta = attack(images, labels, indices=indices.to(self.device)) - images
         self._seen += len(images)
         return delta
 
-    def _made(self) -> Attack:
+    def _made(self, **more: Any) -> Attack:
         given, peer = self.arguments, self.peer
-        ours = {peer.names.get(name, name): value for name, value in given.items()}
+        ours = {peer.names.get(name, name): value for name, value in (given | more).items()}
         ours |= {"eps": given["epsilon"], "alpha": given.get("alpha"), "steps": given.get("epoch")}
         taken = {name: value for name, value in ours.items() if name in parameters_of(peer.preset)}
         attack = PRESETS[peer.preset](self.model, **taken)

@@ -105,7 +105,10 @@ def transfer_matrix(
                 tick(batches, "")
             measured.fooled[job.role, job.name, job.attack_name] = wrong
     described = {job.attack_name: job.attack.parameters() for job in reversed(jobs)}
-    described |= {name: dict(spec) for name, spec in attacks.items() if isinstance(spec, Mapping)}
+    for name, spec in attacks.items():
+        # Tensors, as images to mix in, are told by the attack in few words.
+        if isinstance(spec, Mapping) and not any(isinstance(value, Tensor) for value in spec.values()):
+            described[name] = dict(spec)
     return _assemble(models, {name: described[name] for name in attacks}, measured, qualified, baseline)
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from alignfast.attacks import create
+from alignfast.attacks import PRESETS, create
 from alignfast.compat import transferattack
 from alignfast.compat.transferattack import AdvDataset, attack_zoo, load_attack_class, save_images
 from alignfast.models import Classifier, Ensemble
@@ -61,6 +61,35 @@ def test_every_class_has_arguments_that_its_preset_knows(name: str) -> None:
     made = load_attack_class(name)
     assert made.__name__ == peer.class_name
     assert next(iter(inspect.signature(made).parameters)) == "model_name"
+
+
+def test_every_preset_is_there_but_those_of_others_alone() -> None:
+    """What TransferAttack has under another package's name, or not at all."""
+    others = {
+        "cwpgd",
+        "difgsm",
+        "eotpgd",
+        "ffgsm",
+        "jitter",
+        "lfifgsm",
+        "pgd",
+        "pgdl2",
+        "pifgsmpp",
+        "rfgsm",
+        "sinifgsm",
+    }
+    others |= {"sinifgsm", "tifgsm", "tpgd", "upgd"}
+    assert {peer.preset for peer in attack_zoo.values()} == set(PRESETS) - others
+
+
+def test_attacks_mix_within_the_batch_unless_there_is_a_pool() -> None:
+    model, images = network(), photos()
+    few = {"epsilon": 0.1, "alpha": 0.02, "epoch": 2, "num_scale": 2, "num_admix": 2}
+    ours = {"eps": 0.1, "alpha": 0.02, "steps": 2, "num_scale": 2, "num_admix": 2}
+    pool = photos(5).flip(0)
+    for given, used in ((None, images), (pool, pool)):
+        delta = load_attack_class("admix")(model, pool=given, **few)(images, LABELS)
+        assert torch.equal(images + delta, create("admix", model, pool=used, **ours)(images, LABELS))
 
 
 def test_a_targeted_attack_takes_two_labels() -> None:
