@@ -69,9 +69,14 @@ def check_layers(source: Classifier, layers: Sequence[str]) -> None:
 def _keeping(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     features: dict[str, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
         given = output if isinstance(output, Tensor) else output[0]
-        features[name] = given.float() if given.dtype in HALF else given
+        features[name] = wide = given.float() if given.dtype in HALF else given
+        if wide is given:
+            return None
+        # What follows takes what was kept, so that its gradient is there to be had.
+        narrow = wide.to(given.dtype)
+        return narrow if isinstance(output, Tensor) else (narrow, *output[1:])
 
     handles = [module.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
     try:
