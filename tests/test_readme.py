@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -30,13 +31,15 @@ def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(Path(skimage.__file__).parent / "data" / name, photos / "images" / name)
     (photos / "labels.csv").write_text("filename,label\n" + "".join(f"{name},0\n" for name in names))
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
-    scope: dict[str, object] = {}
-    exec(code, scope)
+    scope: dict[str, Any] = {}
+    for code in blocks("python"):
+        exec(code, scope)
     assert (tmp_path / "matrix.png").stat().st_size > 1000
     cells = json.loads((tmp_path / "matrix.json").read_text())["cells"]
     assert [cell["source"] for cell in cells] == ["vanilla", "aligned"]
     assert scope["rate"] == cells[1]["rate"]
+    for moved in (scope["adv"] - scope["images"], scope["delta"]):
+        assert 0 < float(moved.abs().max()) <= 8 / 255 + 1e-6
 
 
 def test_the_matrix_file_is_one(tmp_path: Path) -> None:
