@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 # Of the memory that is free when the first pass is over; and the least that is taken to be there.
 SHARE_OF_FREE = 0.4
 LEAST = 2**28
+# Where Linux says how much a program may have, what it would give back from its caches included.
+MEMORY = Path("/proc/meminfo")
 
 
 @dataclass
@@ -79,8 +81,9 @@ def _budget(device: torch.device) -> int:
     """Bytes. Asks the driver or the system, and does not wait for the device."""
     if device.type == "cuda" and torch.cuda.is_available():
         free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    elif device.type == "cpu" and MEMORY.is_file():
+        lines = (line.split() for line in MEMORY.read_text(encoding="ascii").splitlines())
+        free = next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), 0)
     else:
         free = 0
     return max(LEAST, int(SHARE_OF_FREE * free))

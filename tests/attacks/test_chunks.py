@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,9 +116,12 @@ def test_each_shape_and_dtype_is_measured_for_itself() -> None:
         assert other.of(photos(2), None, None) is not first
 
 
-def test_the_budget_is_a_part_of_what_is_free() -> None:
-    free = chunks._budget(torch.device("cpu")) / chunks.SHARE_OF_FREE
-    assert free >= chunks.LEAST
+def test_the_budget_is_a_part_of_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 1000 kB\nMemAvailable: 4000000 kB\n")
+    monkeypatch.setattr(chunks, "MEMORY", tmp_path / "meminfo")
+    assert chunks._budget(torch.device("cpu")) == int(chunks.SHARE_OF_FREE * 4000000 * 1024)
+    monkeypatch.setattr(chunks, "MEMORY", tmp_path / "elsewhere")
+    assert chunks._budget(torch.device("cpu")) == chunks.LEAST
     assert chunks._budget(torch.device("meta")) == chunks.LEAST
 
 
