@@ -67,4 +67,9 @@ class Ensemble(Classifier):
             member.check_shape(images)
 
     def _stack(self, render: Render, draws: Draws | None) -> Tensor:
-        return torch.stack([member.logits_of(render, draws) for member in self.members])
+        logits = [member.logits_of(render, draws) for member in self.members]
+        classes = [one.shape[-1] for one in logits]
+        if len(set(classes)) > 1:
+            # Members that do not say how many classes they have show it here.
+            raise ValueError(f"members: their numbers of classes differ: {classes}; allowed is one for all")
+        return torch.stack(logits)

@@ -136,3 +136,9 @@ def test_losses_are_never_below_those_of_mean_probabilities():
     mean = torch.stack([cross_entropy(model(x), labels, reduction="none") for model in models]).mean(0)
     assert bool((combined <= mean + 1e-12).all())
     assert bool((combined >= mean - math.log(3) * 20).any())
+
+
+def test_members_that_do_not_say_their_classes_are_refused_by_their_logits():
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(75, classes)) for classes in (7, 5)]
+    with pytest.raises(ValueError, match=r"members: their numbers of classes differ: \[7, 5\]; allowed is one for all"):
+        Ensemble(models)(torch.rand(2, 3, 5, 5))
