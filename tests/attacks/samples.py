@@ -59,6 +59,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "bsr": {"num_scale": 2},
     "decowa": {"num_warping": 2, "rho": 0.5},
     "dim": {"resize_rate": 1.5},
+    "dta": {"K": 2, "u": 0.6},
     "emifgsm": {"num_sample": 3},
     "gifgsm": {"pre_epoch": 2},
     "gra": {"num_neighbor": 3},
@@ -68,9 +69,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "smifgrm": {"num_neighbor": 3},
     "rap": {"adv_steps": 2, "alpha_n": 0.05, "epsilon_n": 0.5, "transpoint": 1},
     "mig": {"s_factor": 3},
+    "pcifgsm": {"K": 2},
     "pgn": {"num_neighbor": 2},
     "sia": {"num_scale": 2},
     "ssm": {"num_spectrum": 2},
+    "taig": {"s_factor": 3},
     "usmm": {"num_scale": 2, "num_mix": 2, "pool": pool(3)},
 }
 # Attacks over several samples whose steps are more than signs, so that rounding shows: a model rounds differently with
@@ -78,7 +81,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 UNSIGNED = {"smifgrm"}
 # Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.
 PARTICULAR = {"admix", "usmm"}
-PARTICULAR |= {"adaea", "cwa", "fia", "ila", "jitter", "logit", "naa", "potrip", "rpa", "svre", "tap", "tpgd"}
+PARTICULAR |= {"adaea", "cwa", "fia", "ila", "jitter", "logit", "naa", "potrip", "rpa", "svre", "taig", "tap", "tpgd"}
 PARTICULAR |= {"bpa", "faug", "ghostnetwork", "lgv", "linbp", "pna_patchout", "sapr", "sgm", "tgr"}
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]
 

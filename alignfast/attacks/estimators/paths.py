@@ -58,7 +58,7 @@ class IntegratedGradients(Estimator):
     """IG (Sundararajan et al., ICML 2017, eq. 3) from black, as in MIG (Ma et al., ICCV 2023): x times a mean gradient.
 
     The mean is over the points i / S x, i = 1, ..., S = `samples`. Unlike TransferAttack's, the gradients at these are
-    not multiplied by i / S.
+    not multiplied by i / S. TAIG's code (Huang and Kong, ECCV 2022) has the gradient at black itself in the mean, too.
 
     Raises:
         ValueError: no sample.

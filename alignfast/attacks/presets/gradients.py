@@ -11,6 +11,7 @@ from torch import nn
 
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import (
+    DirectionTuning,
     EnhancedMomentum,
     EulerMean,
     Expectation,
@@ -18,11 +19,12 @@ from alignfast.attacks.estimators import (
     IntegratedGradients,
     NormPenalty,
     PenalizedNorm,
+    PredictionCorrection,
     RandomWalk,
     VarianceTuning,
     WorstCase,
 )
-from alignfast.attacks.objectives import Probability
+from alignfast.attacks.objectives import Logit, Probability
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import FrequencyMask, Smoothing
 from alignfast.attacks.steps import (
@@ -40,6 +42,7 @@ from alignfast.attacks.steps import (
 __all__ = [
     "AIFGTM",
     "BIM",
+    "DTA",
     "EMIFGSM",
     "EOTPGD",
     "FFGSM",
@@ -53,6 +56,7 @@ __all__ = [
     "MIFGSM",
     "MIG",
     "NIFGSM",
+    "PCIFGSM",
     "PGD",
     "PGDL2",
     "PGN",
@@ -61,6 +65,7 @@ __all__ = [
     "RAP",
     "RFGSM",
     "SMIFGRM",
+    "TAIG",
     "VMIFGSM",
     "VNIFGSM",
 ]
@@ -386,3 +391,44 @@ def SMIFGRM(
     """Momentum over a random walk, rescaled instead of its sign alone (Han et al., arXiv 2023)."""
     estimator, step = RandomWalk(num_neighbor, beta), RescaledStep(decay, factor=rescale_factor)
     return build(source, eps, alpha, steps, estimator=estimator, step=step, **options)
+
+
+def TAIG(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    s_factor: int = 20,
+    **options: Unpack[Options],
+) -> Attack:
+    """BIM along integrated gradients of the logit, from black: TAIG-S (Huang and Kong, ECCV 2022)."""
+    estimator = IntegratedGradients(s_factor)
+    return build(source, eps, alpha, steps, objective=Logit, estimator=estimator, **options)
+
+
+def PCIFGSM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    K: int = 1,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over the present and K predicted gradients (Wan and Huang, arXiv 2023)."""
+    estimator, step = PredictionCorrection(K, decay), SignStep(decay)
+    return build(source, eps, alpha, steps, estimator=estimator, step=step, **options)
+
+
+def DTA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    K: int = 10,
+    u: float = 0.0,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over K small inner steps with look-ahead, whose decay is u (Yang et al., Information Sciences 2023)."""
+    return build(source, eps, alpha, steps, estimator=DirectionTuning(K, decay, u), **options)
