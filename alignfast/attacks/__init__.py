@@ -46,12 +46,14 @@ from alignfast.attacks.transforms import blocks as blocks_transforms
 from alignfast.attacks.transforms import geometry as geometry_transforms
 from alignfast.attacks.transforms import linear as linear_transforms
 from alignfast.attacks.transforms import mixing as mixing_transforms
+from alignfast.attacks.transforms import operators as operators_transforms
 from alignfast.attacks.transforms import spectrum as spectrum_transforms
 from alignfast.attacks.transforms import transform as transform_transforms
 from alignfast.attacks.transforms.blocks import *
 from alignfast.attacks.transforms.geometry import *
 from alignfast.attacks.transforms.linear import *
 from alignfast.attacks.transforms.mixing import *
+from alignfast.attacks.transforms.operators import *
 from alignfast.attacks.transforms.spectrum import *
 from alignfast.attacks.transforms.transform import *
 
@@ -81,5 +83,6 @@ __all__ += blocks_transforms.__all__
 __all__ += geometry_transforms.__all__
 __all__ += linear_transforms.__all__
 __all__ += mixing_transforms.__all__
+__all__ += operators_transforms.__all__
 __all__ += spectrum_transforms.__all__
 __all__ += transform_transforms.__all__

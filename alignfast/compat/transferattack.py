@@ -103,6 +103,7 @@ attack_zoo: dict[str, Peer] = {
     "sia": Peer("sia", "SIA", "SIA"),
     "bsr": Peer("bsr", "BSR", "BSR", defaults={"num_block": 3}),
     "usmm": Peer("usmm", "USMM", "USMM"),
+    "ops": Peer("ops", "OPS", "OPS"),
     "decowa": Peer("decowa", "DeCowA", "DeCowA"),
     "tap": Peer("tap", "TAP", "TAP", defaults={"epoch": 100}),
     "ila": Peer("ila", "ILA", "ILA"),

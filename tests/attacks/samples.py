@@ -69,6 +69,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "smifgrm": {"num_neighbor": 3},
     "rap": {"adv_steps": 2, "alpha_n": 0.05, "epsilon_n": 0.5, "transpoint": 1},
     "mig": {"s_factor": 3},
+    "ops": {"num_sample_neighbor": 2, "num_sample_operator": 1},
     "pcifgsm": {"K": 2},
     "pgn": {"num_neighbor": 2},
     "sia": {"num_scale": 2},
@@ -79,8 +80,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 # Attacks over several samples whose steps are more than signs, so that rounding shows: a model rounds differently with
 # the size of its batch, which is another on the first pass.
 UNSIGNED = {"smifgrm"}
-# Presets that need a source of a kind of its own, or images on the device of those attacked; their own tests have it.
-PARTICULAR = {"admix", "usmm"}
+# Presets that need a source of a kind of its own, or images on the device of those attacked, or that show too many
+# views by default; their own tests have what they need.
+PARTICULAR = {"admix", "ops", "usmm"}
 PARTICULAR |= {"adaea", "cwa", "fia", "ila", "jitter", "logit", "naa", "potrip", "rpa", "svre", "taig", "tap", "tpgd"}
 PARTICULAR |= {"bpa", "faug", "ghostnetwork", "lgv", "linbp", "pna_patchout", "sapr", "sgm", "tgr"}
 GENERAL = [name for name in PRESETS if name not in PARTICULAR]

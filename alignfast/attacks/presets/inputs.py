@@ -21,15 +21,18 @@ from alignfast.attacks.transforms import (
     InputDiversity,
     Mixes,
     MixMask,
+    Operators,
     Scales,
     SpectrumMask,
     UniformScales,
 )
+from alignfast.checks import check_number
 
 __all__ = [
     "BSR",
     "DIFGSM",
     "DIM",
+    "OPS",
     "SIA",
     "SIM",
     "SINIFGSM",
@@ -263,3 +266,20 @@ def DeCowA(
     """Momentum over warped copies, each warped as the model lets it (Lin et al., AAAI 2024)."""
     warps = ConstrainedWarps(num_warping, mesh, noise_scale, rho)
     return build(source, eps, alpha, steps, estimator=warps, step=SignStep(decay), **options)
+
+
+def OPS(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    beta: float = 2.0,
+    num_sample_neighbor: int = 30,
+    num_sample_operator: int = 30,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over chains of random operators on neighbours within 1.5 beta eps (Guo et al., CVPR 2025)."""
+    radius = beta * check_number("eps", eps, low=0.0, high=1.0)
+    operators = Operators(num_sample_neighbor, num_sample_operator, radius)
+    return build(source, eps, alpha, steps, transforms=[operators], step=SignStep(decay), **options)
