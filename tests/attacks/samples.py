@@ -56,8 +56,10 @@ def pool(count: int) -> Tensor:
 # What presets cannot do without, and small numbers of copies, for `Halving` and `Network` and their images.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "admix": {"num_scale": 2, "num_admix": 2, "admix_strength": 2.0, "pool": pool(3)},
+    "anda": {"n_ens": 4},
     "bsr": {"num_scale": 2},
     "decowa": {"num_warping": 2, "rho": 0.5},
+    "dem": {"resize_rates": (1.3, 1.6)},
     "dim": {"resize_rate": 1.5},
     "dta": {"K": 2, "u": 0.6},
     "emifgsm": {"num_sample": 3},

@@ -25,7 +25,7 @@ from alignfast.models import Classifier, Ensemble, as_classifier
 from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Network, build, labels_of, made, photos
 
 RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
-RANDOM += ["bsr", "decowa", "dim", "sia", "ssm"]
+RANDOM += ["bsr", "decowa", "dem", "dim", "sia", "ssm"]
 RANDOM += ["eotpgd", "ffgsm", "gra", "pgdl2", "pgn", "rap", "rfgsm", "smifgrm"]
 RANDOM += ["cwpgd"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
 
-from alignfast.attacks import Attack, Operators, Transform, create
+from alignfast.attacks import Attack, DiversityEnsemble, Operators, ShiftGrid, SignStep, SummedStep, Transform, create
 from tests.attacks import samples
 from tests.attacks.properties import (
     assert_all_on_the_gpu,
@@ -23,17 +23,21 @@ from tests.attacks.properties import (
 )
 from tests.attacks.test_inputs import Show, drawn, over_copies, shown, turned
 from tests.attacks.test_presets import (
+    ALPHA,
     BASE,
     DECAY,
     EPS,
     INDICES,
     LABELS,
     SEED,
+    STEPS,
     Constant,
     Gradient,
+    clip,
     gradient_of,
     network,
     photos,
+    through,
 )
 
 
@@ -79,8 +83,35 @@ def ops(image: Tensor, n: int, copy: int, step: int, beta: float = 0.7) -> Tenso
     return image
 
 
+RATES = (1.2, 1.45, 2.0)
+
+
+def dem(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    return padded(image, RATES[copy], drawn(n, copy, step, 0, (3,)).tolist())
+
+
+def shifted(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """Of 3 x 3 shifts, the one to the side counting first."""
+    right, below = (0.4 * (place - 1) for place in divmod(copy, 3))
+    theta = torch.tensor([[[1, 0, right], [0, 1, below]]], dtype=image.dtype)
+    grid = affine_grid(theta, [1, *image.shape], align_corners=False)
+    return grid_sample(image[None], grid, align_corners=False)[0]
+
+
+def anda(images: Tensor, grad: Gradient) -> Tensor:
+    adv, total = images, torch.zeros_like(images)
+    for _ in range(STEPS):
+        for copy in range(9):
+            shown = partial(lambda x, k: torch.stack([shifted(image, 0, k, 0) for image in x]), k=copy)
+            total = total + through(shown, grad, adv)
+        adv = clip(adv + ALPHA * total.sign(), images)
+    return adv
+
+
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "OPS": (over_copies(ops, 5), {"beta": 0.7, "num_sample_neighbor": 2, "num_sample_operator": 2, "decay": DECAY}),
+    "DEM": (over_copies(dem, 3), {"resize_rates": RATES, "decay": DECAY}),
+    "ANDA": (anda, {"n_ens": 9, "aug_max": 0.4}),
 }
 
 
@@ -94,7 +125,11 @@ def test_the_papers_equations(name: str) -> None:
     torch.testing.assert_close(attack(images, LABELS, indices=INDICES), expected, rtol=0, atol=1e-9)
 
 
-VIEWS: dict[str, tuple[Transform, int, Show]] = {"ops": (Operators(7, 5, 0.7 * EPS), 36, ops)}
+VIEWS: dict[str, tuple[Transform, int, Show]] = {
+    "ops": (Operators(7, 5, 0.7 * EPS), 36, ops),
+    "dem": (DiversityEnsemble(RATES), 3, dem),
+    "anda": (ShiftGrid(3, 0.4), 9, shifted),
+}
 
 
 @pytest.mark.parametrize("case", VIEWS)
@@ -154,11 +189,21 @@ def test_defaults_and_numbers_of_views() -> None:
     assert sum(model.batches) == 2 * attack.steps * attack.passes
     with pytest.raises(ValueError, match=r"eps: got -0\.1"):
         create("ops", model, eps=-0.1)
+    for n_ens in (3, 8):
+        with pytest.raises(ValueError, match=f"n_ens: got {n_ens}; allowed is a"):
+            create("anda", model, n_ens=n_ens)
+    dem, anda = create("dem", model, eps=0.1), create("anda", model)
+    assert (dem.alpha, dem.transforms, dem.step) == (0.1, [DiversityEnsemble()], SignStep(1.0))
+    assert (anda.transforms, anda.step, anda.passes) == ([ShiftGrid(5, 0.3)], SummedStep(), 25)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: DiversityEnsemble([]), "rates: got none"),
+        (lambda: DiversityEnsemble([1.2, 0.9]), "rates: got 0.9"),
+        (lambda: ShiftGrid(1), "side: got 1; allowed is a whole number, at least 2"),
+        (lambda: ShiftGrid(2, -0.1), "reach: got -0.1"),
         (lambda: Operators(0), "neighbors: got 0"),
         (lambda: Operators(1, 0), "operators: got 0"),
         (lambda: Operators(1, 1, -0.1), "radius: got -0.1"),

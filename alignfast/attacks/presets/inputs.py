@@ -5,6 +5,8 @@ Every preset takes eps and alpha in units of [0, 1] images, and the keywords of 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, Unpack
 
 from torch import Tensor, nn
@@ -13,23 +15,27 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import ConstrainedWarps
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.shaping import Smoothing
-from alignfast.attacks.steps import SignStep
+from alignfast.attacks.steps import SignStep, SummedStep
 from alignfast.attacks.transforms import (
     BlockMasks,
     BlockOperations,
     BlockShuffle,
+    DiversityEnsemble,
     InputDiversity,
     Mixes,
     MixMask,
     Operators,
     Scales,
+    ShiftGrid,
     SpectrumMask,
     UniformScales,
 )
-from alignfast.checks import check_number
+from alignfast.checks import check_count, check_number
 
 __all__ = [
+    "ANDA",
     "BSR",
+    "DEM",
     "DIFGSM",
     "DIM",
     "OPS",
@@ -283,3 +289,36 @@ def OPS(
     radius = beta * check_number("eps", eps, low=0.0, high=1.0)
     operators = Operators(num_sample_neighbor, num_sample_operator, radius)
     return build(source, eps, alpha, steps, transforms=[operators], step=SignStep(decay), **options)
+
+
+def DEM(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float | None = None,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    resize_rates: Sequence[float] = (1.14, 1.27, 1.4, 1.53, 1.66),
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum over diverse inputs, one a rate, in steps of alpha or else eps (Zou et al., ECCV 2020).
+
+    The gain is the mean loss of these inputs; the paper's is the loss of their mean logits.
+    """
+    size, ensemble = eps if alpha is None else alpha, DiversityEnsemble(resize_rates)
+    return build(source, eps, size, steps, transforms=[ensemble], step=SignStep(decay), **options)
+
+
+def ANDA(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    n_ens: int = 25,
+    aug_max: float = 0.3,
+    **options: Unpack[Options],
+) -> Attack:
+    """The mean gradient of n_ens shifts and all steps so far, without sampling (Fang et al., CVPR 2024)."""
+    side = math.isqrt(check_count("n_ens", n_ens, low=4))
+    if side**2 != n_ens:
+        raise ValueError(f"n_ens: got {n_ens}; allowed is a square number of at least 4")
+    return build(source, eps, alpha, steps, transforms=[ShiftGrid(side, aug_max)], step=SummedStep(), **options)

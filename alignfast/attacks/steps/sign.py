@@ -14,7 +14,7 @@ from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
 from alignfast.ops import sign_step
 
-__all__ = ["CornerStart", "GlobalMomentum", "L2Step", "SignStep", "StepRule"]
+__all__ = ["CornerStart", "GlobalMomentum", "L2Step", "SignStep", "StepRule", "SummedStep"]
 
 
 class StepRule(Component):
@@ -138,3 +138,15 @@ class L2Step(SignStep):
         length = torch.linalg.vector_norm(direction, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
         offset: Tensor = direction / length * (eps * draws.uniform(2)[0][:, None, None, None])
         return offset
+
+
+@dataclass(frozen=True)
+class SummedStep(StepRule):
+    """ANDA's step (Fang et al., CVPR 2024): alpha sign(mean of all gradients so far), projected on the L-inf ball."""
+
+    def memory(self, start: Start) -> Memory:
+        return {"sum": torch.zeros_like(start.images)}
+
+    def update(self, position: Position, grad: Tensor, memory: Memory) -> None:
+        total = memory["sum"].add_(grad)
+        sign_step(position.adv, position.images, total, alpha=position.alpha, eps=position.eps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
 
-__all__ = ["RandomCrop", "Translation", "Warp"]
+__all__ = ["RandomCrop", "ShiftGrid", "Translation", "Warp"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,40 @@ class Translation(Transform):
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         moved: Tensor = take(rows, *torch.broadcast_tensors(y.clamp(0, height - 1), x.clamp(0, width - 1)))
         return moved * inside[:, None]
+
+
+@dataclass(frozen=True)
+class ShiftGrid(Transform):
+    """ANDA's views (Fang et al., CVPR 2024): shifts by a grid of side x side steps, with zeros moving in.
+
+    View side i + j shows at each place what the image has (2 i / (side - 1) - 1) `reach` half widths to the right of it
+    and (2 j / (side - 1) - 1) `reach` half heights below, bilinear.
+
+    side: at least 2. reach: at least 0.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    side: int = 5
+    reach: float = 0.3
+    copies: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_number("reach", self.reach, low=0.0)
+        object.__setattr__(self, "copies", check_count("side", self.side, low=2) ** 2)
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        number, (height, width) = which[:, None].expand(-1, len(draws.images)).flatten(), views.images.shape[-2:]
+        down = self._shifted(number % self.side, height, views.images.dtype)
+        along = self._shifted(number // self.side, width, views.images.dtype)
+        return views.apply(lambda rows: down[:, None] @ rows @ along[:, None].mT)
+
+    def _shifted(self, step: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        """[B, size, size]: one axis moved by step [B] of the grid."""
+        pixels = torch.arange(size, dtype=dtype, device=step.device)
+        shift = (2 * step.to(dtype) / (self.side - 1) - 1) * (self.reach * size / 2)
+        return weights(pixels + shift[:, None], size)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
 
-__all__ = ["Operators"]
+__all__ = ["DiversityEnsemble", "Operators"]
 
 # The operators of OPS by their first numbers; 0 changes nothing.
 FLIP_DOWN, FLIP_RIGHT, SHIFT_DOWN, SHIFT_RIGHT, TURN, SCALE, DIVERSITY, OPERATORS = 1, 2, 3, 4, 5, 14, 21, 31
@@ -72,6 +72,44 @@ class Operators(Transform):
             turned = _turned(rows, angle[:, i]) / scale[:, i, None, None, None]
             rows = down[:, i, None] @ turned @ along[:, i, None].mT
         return rows
+
+
+@dataclass(frozen=True)
+class DiversityEnsemble(Transform):
+    """DEM's views (Zou et al., ECCV 2020): one for each of `rates`, resized, padded and resized back at that rate.
+
+    As in `InputDiversity` with a rate above 1 and p = 1, but images need not be square: for a side S, the new side is
+    drawn from [S, floor(rate S)) and its place from all there are, for each image and copy.
+
+    rates: at least one, each at least 1.
+
+    Raises:
+        ValueError: no rate, or one below 1.
+    """
+
+    rates: Sequence[float] = (1.14, 1.27, 1.4, 1.53, 1.66)
+    copies: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", tuple(check_number("rates", rate, low=1.0) for rate in self.rates))
+        if not self.rates:
+            raise ValueError("rates: got none; allowed is at least one number of at least 1")
+        object.__setattr__(self, "copies", len(self.rates))
+
+    def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
+        size, *places = draws.uniform(0, (3,)).flatten(0, 1)[..., None].unbind(1)
+        number = which[:, None].expand(-1, len(draws.images)).reshape(-1, 1)
+
+        def matrix(side: int, place: Tensor) -> Tensor:
+            larger = torch.full_like(number, side)
+            for i, rate in enumerate(self.rates):
+                larger = torch.where(number == i, int(side * rate), larger)
+            resized = side + _below(size, larger - side)
+            pixel = torch.arange(side, device=number.device)
+            return resized_and_padded(pixel, larger, resized, _below(place, larger - resized), views.images.dtype)
+
+        down, along = (matrix(*given) for given in zip(views.images.shape[-2:], places, strict=True))
+        return views.apply(lambda rows: down[:, None] @ rows @ along[:, None].mT)
 
 
 def _below(share: Tensor, count: int | Tensor) -> Tensor:

@@ -35,6 +35,6 @@ def interpolate(rows: Tensor, y: Tensor, x: Tensor, box: tuple[Tensor | int, ...
 
 
 def weights(point: Tensor, size: int) -> Tensor:
-    """[B, P, size]: the shares of an axis's pixels in bilinear interpolation at point [B, P] in [0, size - 1]."""
+    """[B, P, size]: the shares of an axis's pixels in bilinear interpolation at point [B, P], between zeros."""
     pixels = torch.arange(size, device=point.device)
     return (1 - (point[..., None] - pixels).abs()).clamp(min=0)
