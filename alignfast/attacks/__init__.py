@@ -6,12 +6,14 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.ensemble_estimators import *
 from alignfast.attacks.estimators import ahead as ahead_estimators
 from alignfast.attacks.estimators import base as base_estimators
+from alignfast.attacks.estimators import diverse_paths as diverse_paths_estimators
 from alignfast.attacks.estimators import inner as inner_estimators
 from alignfast.attacks.estimators import neighbors as neighbors_estimators
 from alignfast.attacks.estimators import paths as paths_estimators
 from alignfast.attacks.estimators import warps as warps_estimators
 from alignfast.attacks.estimators.ahead import *
 from alignfast.attacks.estimators.base import *
+from alignfast.attacks.estimators.diverse_paths import *
 from alignfast.attacks.estimators.inner import *
 from alignfast.attacks.estimators.neighbors import *
 from alignfast.attacks.estimators.paths import *
@@ -62,6 +64,7 @@ __all__ += ["combine", "create", "names_of", "parameters_of"]
 __all__ += ensemble_estimators.__all__
 __all__ += ahead_estimators.__all__
 __all__ += base_estimators.__all__
+__all__ += diverse_paths_estimators.__all__
 __all__ += inner_estimators.__all__
 __all__ += neighbors_estimators.__all__
 __all__ += paths_estimators.__all__

@@ -93,6 +93,7 @@ attack_zoo: dict[str, Peer] = {
     "gnp": Peer("gnp", "GNP", "GNP"),
     "gra": Peer("gra", "GRA", "GRA"),
     "mig": Peer("mig", "MIG", "MIG"),
+    "mumodig": Peer("mumodig", "MUMODIG", "MUMODIG"),
     "pgn": Peer("pgn", "PGN", "PGN"),
     "gifgsm": Peer("gifgsm", "GIFGSM", "GI-FGSM"),
     "dim": Peer("dim", "DIM", "DIM"),

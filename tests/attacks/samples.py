@@ -72,6 +72,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "rap": {"adv_steps": 2, "alpha_n": 0.05, "epsilon_n": 0.5, "transpoint": 1},
     "mig": {"s_factor": 3},
     "ops": {"num_sample_neighbor": 2, "num_sample_operator": 1},
+    "mumodig": {"N_trans": 2},
     "pcifgsm": {"K": 2},
     "pgn": {"num_neighbor": 2},
     "sia": {"num_scale": 2},

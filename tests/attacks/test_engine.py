@@ -26,7 +26,7 @@ from tests.attacks.samples import CHANNELS, CLASSES, GENERAL, SIDE, Halving, Net
 
 RANDOM = ["pgd", "vmifgsm", "vnifgsm", "difgsm", "tifgsm"]
 RANDOM += ["bsr", "decowa", "dem", "dim", "sia", "ssm"]
-RANDOM += ["eotpgd", "ffgsm", "gra", "pgdl2", "pgn", "rap", "rfgsm", "smifgrm"]
+RANDOM += ["eotpgd", "ffgsm", "gra", "mumodig", "pgdl2", "pgn", "rap", "rfgsm", "smifgrm"]
 RANDOM += ["cwpgd"]
 
 

@@ -1,4 +1,4 @@
-"""Attacks over many operators, against their definitions written out a second time."""
+"""Attacks over many operators or other views, against their definitions written out a second time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
 
-from alignfast.attacks import Attack, DiversityEnsemble, Operators, ShiftGrid, SignStep, SummedStep, Transform, create
+from alignfast.attacks import (
+    Attack,
+    DiversityEnsemble,
+    Operators,
+    QuantisedPaths,
+    ShiftGrid,
+    SignStep,
+    SummedStep,
+    Transform,
+    create,
+)
+from alignfast.attacks.estimators import diverse_paths
+from alignfast.draws import Draws
 from tests.attacks import samples
 from tests.attacks.properties import (
     assert_all_on_the_gpu,
@@ -38,6 +50,7 @@ from tests.attacks.test_presets import (
     network,
     photos,
     through,
+    unit,
 )
 
 
@@ -108,9 +121,53 @@ def anda(images: Tensor, grad: Gradient) -> Tensor:
     return adv
 
 
+def viewed(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    number, share, *shares = drawn(n, copy, step, 0, (5,), slot=30).tolist()
+    ways: list[Callable[[], Tensor]] = [
+        lambda: image.roll(math.floor(share * image.shape[1]), 1),
+        lambda: image.roll(math.floor(share * image.shape[2]), 2),
+        lambda: image.flip(1),
+        lambda: image.flip(2),
+        lambda: turned(image, -math.radians(90 * share - 45)),
+    ]
+    if copy == 0:
+        return image
+    return padded(image, 245 / 224, shares) if number >= 0.5 else ways[math.floor(10 * number)]()
+
+
+def quantised(image: Tensor, n: int, copy: int, step: int) -> Tensor:
+    """Pixel by pixel, of three regions."""
+    result = image.clone()
+    for plane, shares in zip(result, drawn(n, copy, step, 1, (3, 2), slot=30).tolist(), strict=True):
+        least, most = float(plane.min()), float(plane.max())
+        levels = [least, *(least + share * (most - least) for share in shares)]
+        plane.apply_(lambda value, levels=levels: max(level for level in levels if level <= value))
+    return result
+
+
+def mumodig(images: Tensor, grad: Gradient) -> Tensor:
+    adv, m = images, torch.zeros_like(images)
+    for step in range(STEPS):
+        total = torch.zeros_like(images)
+        for copy in range(6):
+
+            def each(x: Tensor, of: Show, k: int = copy, at: int = step) -> Tensor:
+                return torch.stack([of(image, n, k, at) for n, image in enumerate(x)])
+
+            view = each(adv, viewed)
+            base = each(view, quantised)
+            leaf = adv.clone().requires_grad_()
+            (pulled,) = torch.autograd.grad(each(leaf, viewed), leaf, grad(0.3 * base + 0.7 * view))
+            total = total + (view - base) * pulled
+        m = DECAY * m + unit(total)
+        adv = clip(adv + ALPHA * m.sign(), images)
+    return adv
+
+
 EQUATIONS: dict[str, tuple[Callable[[Tensor, Gradient], Tensor], dict[str, Any]]] = {
     "OPS": (over_copies(ops, 5), {"beta": 0.7, "num_sample_neighbor": 2, "num_sample_operator": 2, "decay": DECAY}),
     "DEM": (over_copies(dem, 3), {"resize_rates": RATES, "decay": DECAY}),
+    "MUMODIG": (mumodig, {"N_trans": 5, "region_num": 3, "lamb": 0.7, "decay": DECAY}),
     "ANDA": (anda, {"n_ens": 9, "aug_max": 0.4}),
 }
 
@@ -147,6 +204,14 @@ def test_views_are_what_is_written_out_image_by_image(case: str, size: tuple[int
     (wanted,) = torch.autograd.grad((expected * weight).sum(), plain)
     torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-5)
     assert shown(transform, images.float(), copies).dtype == torch.float32
+
+
+def test_views_that_are_large_enough_to_be_padded() -> None:
+    images = torch.rand((3, 1, 51, 67), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    draws = Draws(SEED, 6, INDICES, torch.arange(8), 30)
+    found = diverse_paths.viewed(images.repeat(8, 1, 1, 1), torch.arange(24) < 3, draws)
+    expected = [viewed(image, n, copy, 6) for copy in range(8) for n, image in enumerate(images)]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-6)
 
 
 def test_all_operators_are_among_those() -> None:
@@ -187,6 +252,7 @@ def test_defaults_and_numbers_of_views() -> None:
     attack = samples.build("ops", model)
     attack(samples.photos(2), samples.labels_of(2))
     assert sum(model.batches) == 2 * attack.steps * attack.passes
+    assert create("mumodig", network()).estimator == QuantisedPaths(6, 2, 0.65)
     with pytest.raises(ValueError, match=r"eps: got -0\.1"):
         create("ops", model, eps=-0.1)
     for n_ens in (3, 8):
@@ -204,6 +270,9 @@ def test_defaults_and_numbers_of_views() -> None:
         (lambda: DiversityEnsemble([1.2, 0.9]), "rates: got 0.9"),
         (lambda: ShiftGrid(1), "side: got 1; allowed is a whole number, at least 2"),
         (lambda: ShiftGrid(2, -0.1), "reach: got -0.1"),
+        (lambda: QuantisedPaths(0), "views: got 0"),
+        (lambda: QuantisedPaths(regions=0), "regions: got 0"),
+        (lambda: QuantisedPaths(position=1.1), "position: got 1.1"),
         (lambda: Operators(0), "neighbors: got 0"),
         (lambda: Operators(1, 0), "operators: got 0"),
         (lambda: Operators(1, 1, -0.1), "radius: got -0.1"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from alignfast.attacks.estimators import ahead, base, inner, neighbors, paths, warps
+from alignfast.attacks.estimators import ahead, base, diverse_paths, inner, neighbors, paths, warps
 from alignfast.attacks.estimators.ahead import *
 from alignfast.attacks.estimators.base import *
+from alignfast.attacks.estimators.diverse_paths import *
 from alignfast.attacks.estimators.inner import *
 from alignfast.attacks.estimators.neighbors import *
 from alignfast.attacks.estimators.paths import *
@@ -13,6 +14,7 @@ from alignfast.attacks.estimators.warps import *
 __all__: list[str] = []
 __all__ += ahead.__all__
 __all__ += base.__all__
+__all__ += diverse_paths.__all__
 __all__ += inner.__all__
 __all__ += neighbors.__all__
 __all__ += paths.__all__

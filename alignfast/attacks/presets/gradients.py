@@ -20,6 +20,7 @@ from alignfast.attacks.estimators import (
     NormPenalty,
     PenalizedNorm,
     PredictionCorrection,
+    QuantisedPaths,
     RandomWalk,
     VarianceTuning,
     WorstCase,
@@ -55,6 +56,7 @@ __all__ = [
     "LFIFGSM",
     "MIFGSM",
     "MIG",
+    "MUMODIG",
     "NIFGSM",
     "PCIFGSM",
     "PGD",
@@ -432,3 +434,19 @@ def DTA(
 ) -> Attack:
     """Momentum over K small inner steps with look-ahead, whose decay is u (Yang et al., Information Sciences 2023)."""
     return build(source, eps, alpha, steps, estimator=DirectionTuning(K, decay, u), **options)
+
+
+def MUMODIG(
+    source: nn.Module,
+    eps: float = EPS,
+    alpha: float = ALPHA,
+    steps: int = STEPS,
+    decay: float = 1.0,
+    N_trans: int = 6,
+    region_num: int = 2,
+    lamb: float = 0.65,
+    **options: Unpack[Options],
+) -> Attack:
+    """Momentum along integrated gradients of views, from these quantised downward (Ren et al., AAAI 2025)."""
+    estimator = QuantisedPaths(N_trans, region_num, lamb)
+    return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)

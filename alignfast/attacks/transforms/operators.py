@@ -59,9 +59,9 @@ class Operators(Transform):
         number, *own = draws.uniform(1, (MOST, 5)).flatten(0, 1).unbind(2)
         noise = draws.uniform(2, tuple(rows.shape[1:]), -1.0, 1.0).flatten(0, 1).to(rows.dtype)
         changed = which[:, None].expand(-1, len(draws.images)).flatten() > 0
-        length = torch.where(changed, FEWEST + _below(level, MOST - FEWEST + 1), 0)
-        number = torch.where(torch.arange(MOST, device=rows.device) < length[:, None], _below(number, OPERATORS), 0)
-        radius = torch.where(changed, (self.radius / 4) * (1 + _below(shell, SHELLS)).to(rows.dtype), 0)
+        length = torch.where(changed, FEWEST + below(level, MOST - FEWEST + 1), 0)
+        number = torch.where(torch.arange(MOST, device=rows.device) < length[:, None], below(number, OPERATORS), 0)
+        radius = torch.where(changed, (self.radius / 4) * (1 + below(shell, SHELLS)).to(rows.dtype), 0)
         down, along = (_matrices(size, axis, number, own, rows.dtype) for axis, size in enumerate(rows.shape[-2:]))
         scale = torch.where((number >= SCALE) & (number < DIVERSITY), number - (SCALE - 2), 1).to(rows.dtype)
         angle = torch.zeros_like(scale)
@@ -69,7 +69,7 @@ class Operators(Transform):
             angle = torch.where(number == i, math.radians(degrees), angle)
         rows = rows + radius[:, None, None, None] * noise
         for i in range(MOST):
-            turned = _turned(rows, angle[:, i]) / scale[:, i, None, None, None]
+            turned = turned_by(rows, angle[:, i]) / scale[:, i, None, None, None]
             rows = down[:, i, None] @ turned @ along[:, i, None].mT
         return rows
 
@@ -104,15 +104,15 @@ class DiversityEnsemble(Transform):
             larger = torch.full_like(number, side)
             for i, rate in enumerate(self.rates):
                 larger = torch.where(number == i, int(side * rate), larger)
-            resized = side + _below(size, larger - side)
+            resized = side + below(size, larger - side)
             pixel = torch.arange(side, device=number.device)
-            return resized_and_padded(pixel, larger, resized, _below(place, larger - resized), views.images.dtype)
+            return resized_and_padded(pixel, larger, resized, below(place, larger - resized), views.images.dtype)
 
         down, along = (matrix(*given) for given in zip(views.images.shape[-2:], places, strict=True))
         return views.apply(lambda rows: down[:, None] @ rows @ along[:, None].mT)
 
 
-def _below(share: Tensor, count: int | Tensor) -> Tensor:
+def below(share: Tensor, count: int | Tensor) -> Tensor:
     """int64 in [0, count), or 0 where that is empty, from uniform draws in [0, 1)."""
     return (share.double() * count).long().clamp(max=count - 1).clamp(min=0)
 
@@ -124,9 +124,9 @@ def _matrices(size: int, axis: int, number: Tensor, own: Sequence[Tensor], dtype
     """
     drawn_size, drawn_place, drawn_shift = own[0], own[1 + axis], own[3]
     larger = size * torch.where(number >= DIVERSITY, 11 + 2 * (number - DIVERSITY), 10) // 10
-    resized = size + _below(drawn_size, larger - size)
-    first = _below(drawn_place, larger - resized)
-    shift = torch.where(number == SHIFT_DOWN + axis, _below(drawn_shift, size), 0)
+    resized = size + below(drawn_size, larger - size)
+    first = below(drawn_place, larger - resized)
+    shift = torch.where(number == SHIFT_DOWN + axis, below(drawn_shift, size), 0)
     pixel = torch.arange(size, device=number.device)
     flipped = torch.where((number == FLIP_DOWN + axis)[..., None], size - 1 - pixel, pixel)
     place = (flipped - shift[..., None]) % size
@@ -152,7 +152,7 @@ def resized_and_padded(place: Tensor, larger: Tensor, resized: Tensor, first: Te
     return table
 
 
-def _turned(rows: Tensor, angle: Tensor) -> Tensor:
+def turned_by(rows: Tensor, angle: Tensor) -> Tensor:
     """Rows [B, C, H, W] by `angle` [B] in radians, counter-clockwise about their middle, bilinear between zeros."""
     (height, width), cos, sin = rows.shape[-2:], angle.cos()[:, None, None], angle.sin()[:, None, None]
     y, x = (torch.arange(size, dtype=rows.dtype, device=rows.device) - (size - 1) / 2 for size in (height, width))
