@@ -65,7 +65,8 @@ class QuantisedPaths(Estimator):
             path = view.detach() - base
             grad = look.gradient((base + self.position * path).unflatten(0, (samples, -1)))
             (pulled,) = torch.autograd.grad((view * grad.flatten(0, 1)).sum(), leaf)
-        return (path * pulled).unflatten(0, (samples, -1))
+        attributed: Tensor = (path * pulled).unflatten(0, (samples, -1))
+        return attributed
 
     def _quantised(self, view: Tensor, draws: Draws) -> Tensor:
         least, most = view.amin((2, 3), keepdim=True), view.amax((2, 3), keepdim=True)
