@@ -29,7 +29,7 @@ def SVRE(
     beta: float = 1.0,
     **options: Unpack[Options],
 ) -> Attack:
-    """Momentum with reduced variance between the models, over inner loops of step beta alpha (Xiong et al., CVPR 2022)."""
+    """Momentum with less variance between models, over inner loops of step beta alpha (Xiong et al., CVPR 2022)."""
     estimator = ReducedVariance(rounds, beta, decay)
     return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
 

@@ -57,7 +57,7 @@ def CWPGD(
     random_start: bool = True,
     **options: Unpack[Options],
 ) -> Attack:
-    """PGD on the margin, with the confidence of Madry et al. (Carlini and Wagner, S&P 2017; Madry et al., ICLR 2018)."""
+    """PGD on the margin (Carlini and Wagner, S&P 2017), with the confidence that Madry et al. took (ICLR 2018)."""
     objective = partial(Margin, kappa=kappa)
     return build(source, eps, alpha, steps, objective=objective, random_start=random_start, **options)
 
