@@ -11,7 +11,7 @@ from typing import Unpack
 from torch import nn
 
 from alignfast.attacks.engine import Attack
-from alignfast.attacks.ensemble_estimators import AdaptiveEnsemble, CommonWeakness, ReducedVariance
+from alignfast.attacks.estimators import AdaptiveEnsemble, CommonWeakness, ReducedVariance
 from alignfast.attacks.objectives.base import refuse_targeted
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.steps import SignStep

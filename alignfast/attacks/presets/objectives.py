@@ -31,8 +31,7 @@ from alignfast.attacks.objectives import (
 from alignfast.attacks.objectives.features import middle_layer, stages
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, MakesObjective, Options, build
 from alignfast.attacks.shaping import Smoothing
-from alignfast.attacks.starts import NormalStart
-from alignfast.attacks.steps import SignStep
+from alignfast.attacks.steps import NormalStart, SignStep
 from alignfast.attacks.transforms import InputDiversity
 from alignfast.checks import check_choice
 

@@ -10,7 +10,7 @@ from typing import Unpack
 from torch import nn
 
 from alignfast.attacks.engine import Attack
-from alignfast.attacks.patchout import PatchOut
+from alignfast.attacks.estimators import PatchOut
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
 from alignfast.attacks.steps import SignStep
 from alignfast.models import as_classifier

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alignfast.attacks.steps import SignStep
+from alignfast.attacks.steps.sign import SignStep
 from alignfast.checks import check_number
 from alignfast.draws import Draws
 

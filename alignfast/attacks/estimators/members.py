@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from alignfast.attacks.component import Memory, Position, Start
-from alignfast.attacks.estimators import Estimator
+from alignfast.attacks.estimators.base import Estimator
 from alignfast.attacks.gradient import Gradient
 from alignfast.attacks.steps import SignStep
 from alignfast.checks import check_count, check_number

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignfast.attacks.component import Memory, Position
-from alignfast.attacks.estimators import Estimator
+from alignfast.attacks.estimators.base import Estimator
 from alignfast.attacks.gradient import Gradient, Look
 from alignfast.checks import check_count, check_number
 from alignfast.models import Classifier
