@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from alignfast.attacks.chunks import Chunks
 from alignfast.attacks.component import Memory
 from alignfast.attacks.objectives import Objective
 from alignfast.attacks.observe import Seen, check_layers, observe
+from alignfast.attacks.per_image import add_in_order, per_row
 from alignfast.attacks.transforms import Transform
 from alignfast.attacks.views import Views
 from alignfast.draws import COPIES_PER_PASS, FIRST_SLOT, MOST_PASSES, OBJECTIVE_SLOT, SAMPLE_SLOT, SOURCE_SLOT, Draws
@@ -44,6 +46,11 @@ class Task:
         """How many views each point is given."""
         return math.prod(transform.copies for transform in self.transforms)
 
+    @cached_property
+    def in_half(self) -> bool:
+        """Whether part of the source computes in float16, whose smallest numbers are too large for some gradients."""
+        return any(isinstance(part, Classifier) and part.dtype == torch.float16 for part in self.source.modules())
+
 
 class Gradient:
     """Gradients of the objective in one step. Each pass draws anew.
@@ -71,7 +78,7 @@ class Gradient:
             together = self._task.chunks.most(self._task.views * len(self._task.labels), samples - first)
             which = torch.arange(first, first + together, device=self._task.labels.device)
             look = Look(self._task, which, samples, begun)
-            total = _add_in_order(total, contribution(look))
+            total = add_in_order(total, contribution(look))
             self._passes = max(self._passes, look.passes)
             first += together
         assert total is not None
@@ -140,7 +147,7 @@ class Look:
             repeated = rows if together == 1 else rows.repeat(together, 1, 1, 1)
             which = numbers.repeat_interleave(len(points), output_size=len(copies))
             result = of(repeated, which, self._draws(copies))
-            total = _add_in_order(total, result.reshape(together, len(points), -1, *result.shape[1:]))
+            total = add_in_order(total, result.reshape(together, len(points), -1, *result.shape[1:]))
             first += together
         assert total is not None
         self.passes += 1
@@ -151,7 +158,7 @@ class Look:
         leaf = rows.detach().requires_grad_()
         with torch.enable_grad(), self._task.chunks.measuring(self._task.source, leaf, self._task.parts):
             seen = self._seen(leaf, which, draws)
-            if computes_in_half(self._task.source):
+            if self._task.in_half:
                 return self._scaled(seen, leaf)
             # A sum over images, not a mean: an image's gradient must not depend on how many others there are.
             (grad,) = torch.autograd.grad(self._gain_of(seen).sum() / len(seen.heads), leaf)
@@ -194,21 +201,3 @@ class Look:
         if self.passes >= MOST_PASSES:
             raise ValueError(f"estimator: more than {MOST_PASSES} passes a step; allowed are at most so many")
         return replace(self._task.draws, copies=copies + COPIES_PER_PASS * self.passes)
-
-
-def computes_in_half(source: Classifier) -> bool:
-    """Whether some part of the source computes in float16, whose smallest numbers are too large for some gradients."""
-    return any(isinstance(part, Classifier) and part.dtype == torch.float16 for part in source.modules())
-
-
-def per_row(values: Tensor, rows: Tensor) -> Tensor:
-    """[B] in the shape that multiplies rows [B, ...]."""
-    return values.reshape(-1, *[1] * (rows.ndim - 1))
-
-
-def _add_in_order(total: Tensor | None, parts: Tensor) -> Tensor:
-    """`total`, or zero if None, plus parts[0], plus parts[1], and so on; in place of `total`."""
-    for part in parts:
-        total = part.clone() if total is None else total.add_(part)
-    assert total is not None
-    return total

@@ -30,3 +30,16 @@ def over_mean(grad: Tensor) -> Tensor:
     """grad / mean|grad|, which attacks call their L1 normalisation; zero where the image's gradient is."""
     mean = (total(grad.abs()) / math.prod(grad.shape[-3:])).to(grad.dtype)
     return torch.where(mean > 0, grad / mean, 0)
+
+
+def per_row(values: Tensor, rows: Tensor) -> Tensor:
+    """[B] in the shape that multiplies rows [B, ...]."""
+    return values.reshape(-1, *[1] * (rows.ndim - 1))
+
+
+def add_in_order(total: Tensor | None, parts: Tensor) -> Tensor:
+    """`total`, or zero if None, plus parts[0], plus parts[1], and so on; in place of `total`."""
+    for part in parts:
+        total = part.clone() if total is None else total.add_(part)
+    assert total is not None
+    return total

@@ -14,6 +14,7 @@ from alignfast.attacks.component import Memory, Start
 from alignfast.attacks.objectives.base import Objective
 from alignfast.attacks.objectives.logits import TINY, CrossEntropy
 from alignfast.attacks.observe import Seen, observe
+from alignfast.attacks.per_image import add_in_order, per_row
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
 from alignfast.draws import SOURCE_SLOT, Draws
@@ -101,7 +102,7 @@ class FeatureImportance(WeightedFeatures):
     def weights(self, start: Start) -> Tensor:
         aggregate = _aggregate(start, self.layer, self.copies, self.shown, _label_logit)
         length = torch.linalg.vector_norm(aggregate.flatten(1), dim=1).clamp(min=TINY)
-        return _signed(aggregate / length.reshape(-1, *[1] * (aggregate.ndim - 1)), self.targeted)
+        return _signed(aggregate / per_row(length, aggregate), self.targeted)
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,6 @@ def _aggregate(
         with torch.enable_grad():
             seen = observe(start.source, Views(rows).render, (layer,), draws.at(SOURCE_SLOT))
             (grad,) = torch.autograd.grad(score(seen.logits, start.labels).sum(), seen.features[layer])
-        total = grad.clone() if total is None else total.add_(grad)
+        total = add_in_order(total, grad[None])
     assert total is not None
     return total
