@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignfast.attacks.component import Component
+from alignfast.attacks.dct import waves
 from alignfast.checks import check_choice, check_count, check_number
 from alignfast.ops import smooth
 
@@ -88,8 +89,5 @@ class FrequencyMask(Shaping):
 
     def _projection(self, side: int, grad: Tensor) -> Tensor:
         """[side, side]: onto the cosines of the lowest frequencies."""
-        frequency = torch.arange(math.ceil(self.kept * side), dtype=torch.float64, device=grad.device)[:, None]
-        place = torch.arange(side, dtype=torch.float64, device=grad.device) + 0.5
-        cosines = torch.cos(math.pi / side * frequency * place) * math.sqrt(2 / side)
-        cosines[0].mul_(math.sqrt(0.5))
+        cosines = waves(side, grad.device)[: math.ceil(self.kept * side)]
         return (cosines.T @ cosines).to(grad.dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from alignfast.attacks.dct import waves
 from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
@@ -44,12 +43,5 @@ class SpectrumMask(Transform):
         noise = self.sigma * draws.normal(0, shape).flatten(0, 1).to(views.images.dtype)
         mask = draws.uniform(2, shape, 1 - self.rho, 1 + self.rho).flatten(0, 1)
         # With four dimensions each, so that every plane is multiplied on its own whatever the number of rows.
-        down, along = (_dct(size, noise)[None, None] for size in shape[1:])
+        down, along = (waves(size, noise.device).to(noise.dtype)[None, None] for size in shape[1:])
         return views.apply(lambda rows: down.mT @ (down @ (rows + noise) @ along.mT * mask) @ along)
-
-
-def _dct(size: int, like: Tensor) -> Tensor:
-    """[size, size]: row k holds the k-th wave of the orthonormal DCT-II."""
-    number = torch.arange(size, dtype=like.dtype, device=like.device)
-    waves = torch.cos(math.pi / size * number[:, None] * (number + 0.5)) * math.sqrt(2 / size)
-    return torch.where(number[:, None] == 0, math.sqrt(1 / size), waves)
