@@ -21,8 +21,8 @@ class Start:
     images: [N, C, H, W]. labels, indices: int64 [N]. adv: where the first step begins. rehearse(rule, steps, alpha):
     runs the attack with this step rule for so many steps of that size, from a start of its own that is drawn as the
     attack's is, and gives what the rule keeps after them. draws: of one copy; those of this copy number and the next
-    65,535 are the component's own. guide(objective): the images after the attack with this objective instead of its
-    own; None outside an attack.
+    65,535 are the component's own. guide(objective, momentum): the images after the attack with this objective
+    instead of its own, and with this momentum if its step rule takes any; None outside an attack.
     """
 
     source: Classifier

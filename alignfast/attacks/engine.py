@@ -57,7 +57,8 @@ class Attack:
             as does one that waits for the device or copies from the host. Changes no result, and nothing elsewhere.
 
     Raises:
-        ValueError: a number outside its range. TypeError: a source that is no module.
+        ValueError: a number outside its range, or an estimator with steps of its own in another norm than the step
+            rule's. TypeError: a source that is no module.
     """
 
     source: nn.Module
@@ -90,6 +91,11 @@ class Attack:
         most = OBJECTIVE_SLOT - FIRST_SLOT
         if len(self.transforms) > most:
             raise ValueError(f"transforms: got {len(self.transforms)}; allowed are at most {most}")
+        if self.estimator.norm not in (None, self.step.norm):
+            raise ValueError(
+                f"step: got {self.step!r}; allowed with {self.estimator!r}, which takes steps of its own, are rules in "
+                f"the {self.estimator.norm} norm"
+            )
         if self.passes > COPIES_PER_PASS:
             raise ValueError(f"transforms: {self.passes} copies an image; allowed are at most {COPIES_PER_PASS}")
 
@@ -180,9 +186,16 @@ class Attack:
         return self._trial(source, images, labels, indices, step=rule, steps=steps, alpha=alpha).step
 
     def _guide(
-        self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor, objective: Objective
+        self,
+        source: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        objective: Objective,
+        momentum: float,
     ) -> Tensor:
-        return self._trial(source, images, labels, indices, objective=objective).adv
+        step = replace(self.step, momentum=momentum) if isinstance(self.step, SignStep) else self.step
+        return self._trial(source, images, labels, indices, objective=objective, step=step).adv
 
     def _trial(self, source: Classifier, images: Tensor, labels: Tensor, indices: Tensor, **changes: Any) -> State:
         """Where the attack ends with some of its parts changed."""

@@ -12,7 +12,8 @@ IMAGE = (-3, -2, -1)
 
 def total(x: Tensor) -> Tensor:
     """float64 [..., 1, 1, 1]: the sum, in the order of the indices whatever the layout in memory."""
-    return x.contiguous().sum(IMAGE, keepdim=True, dtype=torch.float64)
+    # In two stages: torch shares a sum with a single result among threads, and so would round an image alone otherwise.
+    return x.contiguous().sum(-1, keepdim=True, dtype=torch.float64).sum((-3, -2), keepdim=True)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -30,6 +31,12 @@ def over_mean(grad: Tensor) -> Tensor:
     """grad / mean|grad|, which attacks call their L1 normalisation; zero where the image's gradient is."""
     mean = (total(grad.abs()) / math.prod(grad.shape[-3:])).to(grad.dtype)
     return torch.where(mean > 0, grad / mean, 0)
+
+
+def in_range(images: Tensor) -> Tensor:
+    """Clamped to [0, 1], with a derivative of 1 at both ends, where images have many pixels and torch's clamp has 0 in
+    some releases."""
+    return torch.where((images >= 0) & (images <= 1), images, images.detach().clamp(0, 1))
 
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ class Shaping(Component):
 
 @dataclass(frozen=True)
 class Smoothing(Shaping):
-    """TI (Dong et al., CVPR 2019, eq. 8): W * g with a separable kernel that sums to 1.
+    """TI (Dong et al., CVPR 2019): W * g with a separable kernel that sums to 1.
 
     kernel: "gaussian" samples a normal density at `size` points from -sigma to sigma, as the authors' code and
-    torchattacks do; "uniform"; or "linear", 1 - |i| / (h + 1) for i in -h..h with size = 2 h + 1.
+    torchattacks do; "uniform"; or "linear", 1 - |i| / (h + 1) for i in -h..h with size = 2 h + 1 (TransferAttack's
+    is nearly uniform).
     size: odd. sigma: greater than 0, for the Gaussian only.
 
     Raises:

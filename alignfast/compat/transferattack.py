@@ -1,4 +1,4 @@
-"""TransferAttack's attacks by its names, arguments and defaults (Trustworthy-AI-Group/TransferAttack, February 2026).
+"""TransferAttack's attacks by its names and defaults (Trustworthy-AI-Group/TransferAttack, February 2026).
 
     from alignfast.compat.transferattack import load_attack_class
     attacker = load_attack_class("mifgsm")(model_name="resnet50", epsilon=16/255)
@@ -7,8 +7,16 @@
 What differs on purpose: arguments that an attack does not know are refused instead of ignored; each image has draws of
 its own, from `seed`, instead of one for the batch from the global generator; an L2 start lies in the ball; images are
 written rounded, not truncated; models may be modules, and run on the CPU too. Arguments that say where in a model an
-attack takes hold are names of its modules, or None for the attack's own choice. Admix and US-MM mix within the batch
-unless they are given a `pool`, on which results then depend instead.
+attack takes hold are names of its modules, or None for the attack's own choice; a default that the model does not have
+counts as None, and None need not be TransferAttack's layer. Admix and US-MM mix with the images of the batch as they
+were given, not as attacked so far, unless they are given a `pool`, on which results then depend instead.
+
+Where TransferAttack departs from the paper or the authors' code, these are followed, and the component's docstring says
+so: gnp, iefgsm, pcifgsm, dta, mig, taig, vnifgsm, smifgrm, svre and adaea; sia, bsr, ssm, usmm, ops, dem and decowa;
+fia, naa, rpa and tap; tgr and pna_patchout, whose hooks are never called with timm's fused attention; linbp, whose sign
+it has wrong when targeted. potrip takes the class that the model gives to the clean image for the true one. Of its
+options there are not: sample_method of emifgsm, decay of aifgtm, beta of dta and cwa, sample of anda, N_base and
+N_intepolate of mumodig, sample_levels and sample_ratios of ops, and what attacks accept there without using it.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +37,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alignfast.attacks import PRESETS, Attack, L2Step, SignStep, parameters_of
-from alignfast.checks import check_choice, check_images, check_known, check_shape
+from alignfast.attacks.presets.build import even
+from alignfast.checks import check_choice, check_count, check_images, check_known, check_number, check_shape
 from alignfast.files import replacing
 from alignfast.models import Classifier, Ensemble, as_classifier, load_model
 
@@ -44,17 +53,22 @@ SIDE = 224
 @dataclass(frozen=True)
 class Peer:
     """One of TransferAttack's attacks: the preset that it is, its class and title there, the names of its arguments
-    where they differ from the preset's, and the defaults that do."""
+    where they differ from the preset's, and the defaults that do.
+
+    made: by name, what the preset is given that is not an argument there, of all those that are.
+    """
 
     preset: str
     class_name: str
     title: str
     names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
 
     def signature(self) -> dict[str, Any]:
         """The arguments after model_name, with their defaults."""
-        own = {key: value for key, value in parameters_of(self.preset).items() if key not in RENAMED | OWN_OPTIONS}
+        elsewhere = RENAMED | OWN_OPTIONS | set(self.made)
+        own = {key: value for key, value in parameters_of(self.preset).items() if key not in elsewhere}
         back = {ours: theirs for theirs, ours in self.names.items()}
         special = {back.get(key, key): value for key, value in own.items()}
         iterated = {} if self.preset == "fgsm" else {"alpha": ALPHA, "epoch": EPOCH}
@@ -73,17 +87,49 @@ KERNEL = {"kernel_type": "kernel_name", "kernel_size": "len_kernel"}
 LAYER = {"feature_layer": "layer"}
 ENSEMBLE = {"random_start": True}
 
+
+def _even(given: Mapping[str, Any]) -> float:
+    return even(given["epsilon"], given["alpha"], given["epoch"])
+
+
+def _spread(given: Mapping[str, Any]) -> float:
+    stride = check_number("beta", given["beta"], low=0.0) * check_number("alpha", given["alpha"], low=0.0)
+    return check_number("gamma", given["gamma"], low=0.0) / 255 / stride if stride else 0.0
+
+
+def _stairs(given: Mapping[str, Any]) -> int:
+    return round(100 / check_number("k", given["k"], low=0.0, high=100.0, open_low=True))
+
+
+def _blocks(given: Mapping[str, Any]) -> int:
+    return SIDE // check_count("patch_size", given["patch_size"], high=SIDE)
+
+
+def _mesh(given: Mapping[str, Any]) -> Any:
+    if given["mesh_width"] != given["mesh_height"]:
+        raise ValueError(
+            f"mesh_height: got {given['mesh_height']!r} beside a mesh_width of {given['mesh_width']!r}; allowed is the "
+            "same"
+        )
+    return given["mesh_width"]
+
+
+# In steps of epsilon / epoch; there, whatever alpha.
+EVEN: dict[str, Any] = {"defaults": {"alpha": None}, "made": {"alpha": _even}}
+
 attack_zoo: dict[str, Peer] = {
     "fgsm": Peer("fgsm", "FGSM", "FGSM"),
     "ifgsm": Peer("bim", "IFGSM", "I-FGSM"),
     "mifgsm": Peer("mifgsm", "MIFGSM", "MI-FGSM"),
     "nifgsm": Peer("nifgsm", "NIFGSM", "NI-FGSM"),
-    "pifgsm": Peer("pifgsm", "PIFGSM", "PI-FGSM", {"beta": "amplification"}),
+    "pifgsm": Peer(
+        "pifgsm", "PIFGSM", "PI-FGSM", {"beta": "amplification"}, {"gamma": 16.0}, {"project_factor": _spread}
+    ),
     "vmifgsm": Peer("vmifgsm", "VMIFGSM", "VMI-FGSM", NEIGHBORS, {"num_neighbor": 20}),
     "vnifgsm": Peer("vnifgsm", "VNIFGSM", "VNI-FGSM", NEIGHBORS, {"num_neighbor": 20}),
     "emifgsm": Peer("emifgsm", "EMIFGSM", "EMI-FGSM"),
-    "aifgtm": Peer("aifgtm", "AIFGTM", "AI-FGTM"),
-    "ifgssm": Peer("ifgssm", "IFGSSM", "I-FGSSM"),
+    "aifgtm": Peer("aifgtm", "AIFGTM", "AI-FGTM", **EVEN),
+    "ifgssm": Peer("ifgssm", "IFGSSM", "I-FGSSM", defaults={"k": 1.5625}, made={"stairs": _stairs}),
     "smifgrm": Peer("smifgrm", "SMIFGRM", "SMI-FGRM"),
     "rap": Peer("rap", "RAP", "RAP", defaults={"alpha": 2 / 255, "epoch": 400, "transpoint": 100}),
     "pcifgsm": Peer("pcifgsm", "PCIFGSM", "PC-FGSM"),
@@ -92,27 +138,33 @@ attack_zoo: dict[str, Peer] = {
     "iefgsm": Peer("iefgsm", "IEFGSM", "IE-FGSM"),
     "gnp": Peer("gnp", "GNP", "GNP"),
     "gra": Peer("gra", "GRA", "GRA"),
-    "mig": Peer("mig", "MIG", "MIG"),
+    "mig": Peer("mig", "MIG", "MIG", **EVEN),
     "mumodig": Peer("mumodig", "MUMODIG", "MUMODIG"),
-    "pgn": Peer("pgn", "PGN", "PGN"),
+    "pgn": Peer("pgn", "PGN", "PGN", **EVEN),
     "gifgsm": Peer("gifgsm", "GIFGSM", "GI-FGSM"),
     "dim": Peer("dim", "DIM", "DIM"),
     "tim": Peer("tim", "TIM", "TIM", KERNEL),
     "sim": Peer("sim", "SIM", "SIM", {"num_scale": "m"}),
     "admix": Peer("admix", "Admix", "Admix"),
-    "maskblock": Peer("maskblock", "MaskBlock", "MaskBlock", defaults={"alpha": 2 / 255}),
+    "maskblock": Peer(
+        "maskblock",
+        "MaskBlock",
+        "MaskBlock",
+        defaults={"alpha": 2 / 255, "patch_size": 56},
+        made={"num_block": _blocks},
+    ),
     "dem": Peer("dem", "DEM", "DEM", defaults={"alpha": None}),
     "ssm": Peer("ssm", "SSM", "SSM"),
     "sia": Peer("sia", "SIA", "SIA"),
     "bsr": Peer("bsr", "BSR", "BSR", defaults={"num_block": 3}),
     "usmm": Peer("usmm", "USMM", "USMM"),
-    "ops": Peer("ops", "OPS", "OPS"),
-    "decowa": Peer("decowa", "DeCowA", "DeCowA"),
+    "ops": Peer("ops", "OPS", "OPS", **EVEN),
+    "decowa": Peer("decowa", "DeCowA", "DeCowA", defaults={"mesh_width": 3, "mesh_height": 3}, made={"mesh": _mesh}),
     "tap": Peer("tap", "TAP", "TAP", defaults={"epoch": 100}),
     "ila": Peer("ila", "ILA", "ILA"),
-    "fia": Peer("fia", "FIA", "FIA", LAYER),
-    "naa": Peer("naa", "NAA", "NAA", LAYER),
-    "rpa": Peer("rpa", "RPA", "RPA", LAYER),
+    "fia": Peer("fia", "FIA", "FIA", LAYER, {"feature_layer": "layer2"}),
+    "naa": Peer("naa", "NAA", "NAA", LAYER, {"feature_layer": "layer1"}),
+    "rpa": Peer("rpa", "RPA", "RPA", LAYER, {"feature_layer": "layer1"}),
     "taig": Peer("taig", "TAIG", "TAIG", {"steps": "s_factor"}),
     "potrip": Peer("potrip", "POTRIP", "POTRIP", defaults=TARGETED),
     "logit": Peer("logit", "LOGIT", "Logit", defaults=TARGETED),
@@ -123,13 +175,13 @@ attack_zoo: dict[str, Peer] = {
     "sapr": Peer("sapr", "SAPR", "SAPR"),
     "tgr": Peer("tgr", "TGR", "TGR"),
     "bpa": Peer("bpa", "BPA", "BPA"),
-    "faug": Peer("faug", "FAUG", "FAUG", defaults={"alpha": 2 / 255}),
-    "ghost": Peer("ghostnetwork", "GhostNetwork_MIFGSM", "GhostNetwork"),
+    "faug": Peer("faug", "FAUG", "FAUG", {"layer_names": "layer"}, {"alpha": 2 / 255}),
+    "ghost": Peer("ghostnetwork", "GhostNetwork_MIFGSM", "GhostNetwork", defaults={"ghost_random_range": 0.16}),
     "ens": Peer("mifgsm", "ENS", "ENS"),
     "svre": Peer("svre", "SVRE", "SVRE", defaults=ENSEMBLE),
     "adaea": Peer("adaea", "AdaEA", "AdaEA", defaults=ENSEMBLE),
     "cwa": Peer("cwa", "CWA", "CWA", defaults=ENSEMBLE | {"alpha": 3.2 / 255}),
-    "lgv": Peer("lgv", "LGV", "LGV", defaults=ENSEMBLE),
+    "lgv": Peer("lgv", "LGV", "LGV", defaults=ENSEMBLE | {"decay": 1.0}),
 }
 
 
@@ -210,16 +262,30 @@ class TransferAttack:
         return delta
 
     def _made(self, **more: Any) -> Attack:
-        given, peer = self.arguments, self.peer
-        ours = {peer.names.get(name, name): value for name, value in (given | more).items()}
+        given, peer = self.arguments | more, self.peer
+        ours = {peer.names.get(name, name): value for name, value in given.items()}
         ours |= {"eps": given["epsilon"], "alpha": given.get("alpha"), "steps": given.get("epoch")}
+        ours |= {name: of(given) for name, of in peer.made.items()}
+        if "feature_layer" in peer.defaults and not self._has(ours["layer"], peer.defaults["feature_layer"]):
+            ours["layer"] = None
         taken = {name: value for name, value in ours.items() if name in parameters_of(peer.preset)}
-        attack = PRESETS[peer.preset](self.model, **taken)
-        if given["norm"] == "l2":
-            if type(attack.step) is not SignStep:
-                raise ValueError(f"norm: got 'l2'; allowed is 'linfty', as {peer.title} has steps of its own")
-            attack = replace(attack, step=L2Step(attack.step.momentum, attack.step.nesterov))
+        attack = self._in_l2(taken) if given["norm"] == "l2" else PRESETS[peer.preset](self.model, **taken)
         return replace(attack, random_start=given["random_start"])
+
+    def _has(self, layer: str | None, default: str) -> bool:
+        """Whether the default layer is one of the model's; one that was given is, or will be refused."""
+        return layer != default or layer in dict(self.model.module.named_modules())
+
+    def _in_l2(self, taken: dict[str, Any]) -> Attack:
+        eps, alpha = check_number("epsilon", taken["eps"], low=0.0), taken.get("alpha")
+        # A preset is made for the L-inf norm, in which no radius is above 1.
+        small = {"eps": min(eps, 1.0)} | ({} if alpha is None else {"alpha": min(check_number("alpha", alpha), 1.0)})
+        attack = PRESETS[self.peer.preset](self.model, **taken | small)
+        if type(attack.step) is not SignStep or attack.estimator.norm is not None:
+            raise ValueError(f"norm: got 'l2'; allowed is 'linfty', as {self.peer.title} has steps of its own")
+        step = L2Step(attack.step.momentum, attack.step.nesterov)
+        # Where alpha is not given it is a share of eps.
+        return replace(attack, step=step, eps=eps, alpha=attack.alpha * max(eps, 1.0) if alpha is None else alpha)
 
 
 def load_model_by_name(model_name: str | Sequence[str] | nn.Module) -> Classifier:

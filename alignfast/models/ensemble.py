@@ -18,7 +18,7 @@ Combine = Literal["logits", "probabilities", "losses"]
 
 class Ensemble(Classifier):
     """Attacks the mean of the members' logits, of their probabilities, or of their losses (Liu et al., ICLR 2017;
-    Dong et al., CVPR 2018, section 3.3).
+    Dong et al., CVPR 2018, section 3.2).
 
     As a classifier it returns mean logits for "logits", and else log mean probabilities.
 

@@ -1,18 +1,19 @@
-"""Surgery on what layers give, at random."""
+"""Surgery on what layers are given or give, at random."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignfast.checks import check_number, hint
 from alignfast.draws import Draws
-from alignfast.surrogates.surrogate import Surgery, of_layer, on_outputs
+from alignfast.surrogates.surrogate import Surgery, of_layer, on_outputs, removing
 
 __all__ = ["FeatureNoise", "GhostDropout"]
 
@@ -21,16 +22,17 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class GhostDropout(Surgery):
-    """Ghost networks, dropout erosion (Li et al., AAAI 2020): what a convolution gives is r x / (1 - rate), r
+    """Ghost networks, dropout erosion (Li et al., AAAI 2020): what a convolution is given is r x / (1 - rate), r
     being 0 with probability `rate` and else 1, for every element, image and copy anew in every pass.
 
-    Without draws, outside an attack, nothing is dropped.
+    The first convolution is given the image whole. The authors' code and TransferAttack drop what each block of
+    Inception-v3 is given, once for all of its branches. Without draws, outside an attack, nothing is dropped.
 
     Args:
         rate: in [0, 1). The paper has 0.006 for Inception-v3.
 
     Raises:
-        ValueError: rate out of its range; in `check`, a model without a convolution.
+        ValueError: rate out of its range; in `check`, a model without two convolutions.
     """
 
     rate: float = 0.006
@@ -39,19 +41,25 @@ class GhostDropout(Surgery):
         check_number("rate", self.rate, low=0.0, high=1 - 2**-24)
 
     def check(self, module: nn.Module) -> None:
-        _convolutions(module)
+        if len(_convolutions(module)) < 2:
+            raise ValueError(
+                f"source: {type(module).__name__} has one convolution; allowed are models with two or more"
+            )
 
     @contextmanager
     def operating(self, module: nn.Module, draws: Draws | None) -> Iterator[None]:
-        with ExitStack() as stack:
-            for number, layer in enumerate(_convolutions(module), 1):
-                if draws is not None:
-                    stack.enter_context(on_outputs([layer], partial(self._eroded, of_layer(draws, number))))
+        handles: list[Any] = []
+        if draws is not None:
+            for number, layer in enumerate(_convolutions(module)[1:], 1):
+                # Behind the hooks of other surgery, which know what they have given to a block when they see it.
+                handles.append(layer.register_forward_pre_hook(partial(self._eroded, of_layer(draws, number))))
+        with removing(handles):
             yield
 
-    def _eroded(self, draws: Draws, output: Tensor) -> Tensor:
-        drawn = draws.uniform(1, tuple(output.shape[1:])).flatten(0, 1)
-        return torch.where(drawn < self.rate, 0, output / (1 - self.rate))
+    def _eroded(self, draws: Draws, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        given: Tensor = inputs[0]
+        drawn = draws.uniform(1, tuple(given.shape[1:])).flatten(0, 1)
+        return (torch.where(drawn < self.rate, 0, given / (1 - self.rate)), *inputs[1:])
 
 
 @dataclass(frozen=True)

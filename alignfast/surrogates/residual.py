@@ -52,8 +52,8 @@ class GhostSkips(Surgery):
     """Ghost networks, skip connection erosion (Li et al., AAAI 2020): z' = lambda z + f(z) in every residual
     block, lambda ~ U[1 - radius, 1 + radius).
 
-    Every block, image and copy draws its own lambda in every pass (TransferAttack draws one a channel, for the whole
-    batch). Without draws, outside an attack, lambda is 1.
+    Every block, image and copy draws its own lambda in every pass (the authors' code and TransferAttack draw one a
+    channel, for the whole batch). Without draws, outside an attack, lambda is 1.
 
     Args:
         radius: in [0, 1]. The paper has 0.22 for ResNet-50, 0.16 for ResNet-101 and 0.12 for ResNet-152.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignfast.attacks import AdaptiveEnsemble, Attack, CommonWeakness, ReducedVariance, create
 from alignfast.models import Classifier, Ensemble
+from alignfast.ops import philox_uniform
 from tests.attacks import samples
 from tests.attacks.properties import (
     assert_all_on_the_gpu,
@@ -110,7 +111,7 @@ def cwa(models: list[Classifier], combine: str, image: Tensor, label: int, sign:
 
 EQUATIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "svre": (svre, {"rounds": 2, "beta": 0.7}),
-    "adaea": (adaea, {"beta": 4.0, "threshold": 0.1}),
+    "adaea": (adaea, {"beta": 4.0, "threshold": 0.1, "random_start": False}),
     "cwa": (cwa, {"r_size": 0.01, "inner_step_size": 0.3}),
 }
 TARGETED = [("svre", False), ("svre", True), ("adaea", False), ("cwa", False), ("cwa", True)]
@@ -143,7 +144,7 @@ def test_each_pass_shows_a_row_to_a_member() -> None:
 def test_weights_of_a_fused_ensemble_are_an_images_own() -> None:
     """Also where several copies of each go together."""
     images, labels, source = photos(), LABELS, Ensemble(networks())
-    one, many = (create("adaea+sinifgsm", source, **BASE, m=3, max_batch=most) for most in (3, 100))
+    one, many = (create("adaea+sinifgsm", source, **BASE, m=3, random_start=False, max_batch=most) for most in (3, 100))
     together = many(images, labels)
     torch.testing.assert_close(one(images, labels), together, rtol=0, atol=1e-9)
     alone = torch.cat([many(images[n : n + 1], labels[n : n + 1]) for n in range(3)])
@@ -170,8 +171,21 @@ def test_a_layer_of_one_member_is_refused_where_members_are_looked_at_alone() ->
 def test_a_zero_gradient_moves_nothing(name: str, dtype: torch.dtype) -> None:
     layers = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 1)) for _ in range(2)]
     images = photos().to(dtype)
-    adv = create(name, Ensemble(layers).to(dtype))(images, torch.zeros(3, dtype=torch.int64))
+    still = {"random_start": False} if name == "adaea" else {}
+    adv = create(name, Ensemble(layers).to(dtype), **still)(images, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(adv, images)
+
+
+def test_adaea_starts_at_normal_noise() -> None:
+    layers = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 1)) for _ in range(2)]
+    source, images, indices = Ensemble(layers).double(), photos(), torch.tensor([4, 0, 9])
+    first, second = (
+        philox_uniform(indices, torch.tensor([0]), (3, 12, 12), seed=5, step=0, purpose=purpose)[0].double()
+        for purpose in (0, 1)
+    )
+    noise = 0.001 * (-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()
+    adv = create("adaea", source, seed=5)(images, torch.zeros(3, dtype=torch.int64), indices=indices)
+    torch.testing.assert_close(adv, (images + noise).clamp(0, 1), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

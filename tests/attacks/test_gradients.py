@@ -216,12 +216,12 @@ def patchwise(gradient: Gradient, images: Tensor, reach: int, factor: float, dec
 
 
 def pifgsmpp(images: Tensor, grad: Gradient) -> Tensor:
-    line = torch.tensor([math.exp(-4.5), 1.0, math.exp(-4.5)], dtype=torch.float64)
+    line = torch.tensor([math.exp(-0.5 * x * x) for x in (-3.0, -1.5, 0.0, 1.5, 3.0)], dtype=torch.float64)
     kernel = (torch.outer(line, line) / line.sum() ** 2)[None, None]
 
     def smoothed(x: Tensor) -> Tensor:
         g = grad(x)
-        return torch.nn.functional.conv2d(g.flatten(0, 1)[:, None], kernel, padding=1).reshape(g.shape)
+        return torch.nn.functional.conv2d(g.flatten(0, 1)[:, None], kernel, padding=2).reshape(g.shape)
 
     return patchwise(smoothed, images, 1, 0.5, 0.0, feedback=False)
 
@@ -453,7 +453,7 @@ def test_every_draw_of_an_expectation_is_another(name: str) -> None:
 
 
 DEFAULTS = {
-    "aifgtm": {"alpha": 0.8 / 255, "beta_1": 0.9, "beta_2": 0.99, "mu_1": 1.5, "mu_2": 1.9, "lam": 1.3},
+    "aifgtm": {"beta_1": 0.9, "beta_2": 0.99, "mu_1": 1.5, "mu_2": 1.9, "lam": 1.3},
     "emifgsm": {"decay": 1.0, "num_sample": 11, "radius": 7.0},
     "eotpgd": {"eot_iter": 2, "random_start": True},
     "ffgsm": {"eps": 8 / 255, "alpha": 10 / 255},
@@ -468,8 +468,8 @@ DEFAULTS = {
     "pgdl2": {"eps": 1.0, "alpha": 0.2, "random_start": True},
     "pgn": {"decay": 1.0, "num_neighbor": 20, "beta": 3.0, "gamma": 0.5},
     "ifgssm": {"decay": 0.0, "stairs": 64},
-    "pifgsm": {"alpha": 0.8 / 255, "decay": 0.0, "amplification": 10.0, "kern_size": 3},
-    "pifgsmpp": {"alpha": 0.8 / 255, "decay": 0.0, "amplification": 10.0, "project_factor": 0.8},
+    "pifgsm": {"decay": 0.0, "amplification": 10.0, "kern_size": 3, "project_factor": 1.0},
+    "pifgsmpp": {"decay": 0.0, "amplification": 10.0, "project_factor": 0.8},
     "rfgsm": {"alpha": 2 / 255},
     "upgd": {"decay": 1.0, "eot_iter": 1, "random_start": False},
 }
@@ -479,6 +479,14 @@ DEFAULTS = {
 def test_defaults_are_the_papers(name: str) -> None:
     given = parameters_of(name)
     assert {key: given[key] for key in DEFAULTS[name]} == pytest.approx(DEFAULTS[name])
+
+
+@pytest.mark.parametrize("name", ["aifgtm", "ops", "pifgsm", "pifgsmpp"])
+def test_alpha_is_eps_over_steps_unless_given(name: str) -> None:
+    for numbers, alpha in (({}, 0.8 / 255), ({"eps": 0.3, "steps": 4}, 0.075), ({"eps": 0.3, "alpha": 0.2}, 0.2)):
+        assert create(name, network(), **numbers).alpha == pytest.approx(alpha)
+    with pytest.raises(ValueError, match="steps: got 0"):
+        create(name, network(), steps=0)
 
 
 @pytest.mark.parametrize(

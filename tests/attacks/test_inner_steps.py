@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignfast.attacks import Attack, Component, DirectionTuning, PredictionCorrection, SignStep, create
+from alignfast.attacks import (
+    Attack,
+    CommonWeakness,
+    Component,
+    DirectionTuning,
+    Estimator,
+    L2Step,
+    PredictionCorrection,
+    SignStep,
+    create,
+)
 from tests.attacks import samples
 from tests.attacks.properties import (
     assert_all_on_the_gpu,
@@ -109,6 +119,20 @@ def test_what_holds_for_every_attack_holds_for_taig(monkeypatch: pytest.MonkeyPa
     assert_replays(partial(on, samples.Halving()), monkeypatch)
     assert_nothing_waits(on, samples.Network())
     assert_all_on_the_gpu(on, samples.Network, monkeypatch)
+
+
+@pytest.mark.parametrize("estimator", [PredictionCorrection(), DirectionTuning(), CommonWeakness()])
+def test_steps_of_their_own_are_in_the_norm_of_the_attack(estimator: Estimator) -> None:
+    message = r"step: got L2Step\(.*\); allowed with \w+\(.*\), which takes steps of its own, are rules in the linf"
+    with pytest.raises(ValueError, match=message):
+        Attack(samples.Halving(), 0.5, 0.1, 2, estimator=estimator, step=L2Step())
+
+
+def test_momentum_is_not_taken_twice() -> None:
+    for name in ("dta+mifgsm", "dim+dta", "dta+nifgsm"):
+        attack = create(name, samples.Halving(), decay=0.7)
+        assert attack.step == SignStep()
+        assert attack.estimator == DirectionTuning(decay=0.7)
 
 
 @pytest.mark.parametrize("name", ["pcifgsm", "dta", "taig"])

@@ -71,6 +71,11 @@ POOL = photos(4, seed=17)
 Show = Callable[[Tensor, int, int, int], Tensor]
 
 
+def bounded(x: Tensor) -> Tensor:
+    """In [0, 1], with the slope of x at both ends."""
+    return torch.where(x < 0, 0, torch.where(x > 1, 1, x))
+
+
 def drawn(n: int, copy: int, step: int, number: int, shape: Sequence[int] = (), slot: int = 1) -> Tensor:
     """Draw `number` of the transform in place `slot`, for copy `copy` of image n; float64 of the given shape."""
     index, purpose = INDICES[n : n + 1], 8 * slot + number
@@ -135,7 +140,7 @@ def admix(image: Tensor, n: int, copy: int, step: int) -> Tensor:
 
 def usmm(image: Tensor, n: int, copy: int, step: int) -> Tensor:
     scale = (0.2, 0.5, 0.8)[copy % 3]
-    return (scale * image * (0.6 + 0.8 * pick(n, copy, step, 2))).clamp(0, 1)
+    return bounded(scale * image * (0.6 + 0.8 * pick(n, copy, step, 2)))
 
 
 WAVES = torch.from_numpy(dct(np.eye(SIDE), axis=0, norm="ortho"))
@@ -155,7 +160,7 @@ def sia(image: Tensor, n: int, copy: int, step: int) -> Tensor:
     )
     down, along = ([0, *sorted(place + 1 for place in cut), size] for cut, size in ((down, height), (along, width)))
     op, share = (drawn(n, copy, step, number, (3, 3)) for number in (2, 3))
-    noisy = (image + (2 * drawn(n, copy, step, 4, image.shape) - 1) * 16 / 255).clamp(0, 1)
+    noisy = bounded(image + (2 * drawn(n, copy, step, 4, image.shape) - 1) * 16 / 255)
     dropped = drawn(n, copy, step, 5, (len(image), 3, 3)) < 0.1
     lines = []
     for i, (top, bottom) in enumerate(pairwise(down)):
@@ -183,7 +188,7 @@ def operated(block: Tensor, number: int, share: float, noisy: Tensor, dropped: T
     if number == 7:
         size = (int(0.8 * height) + 1, int(0.8 * width) + 1)
         small = interpolate(block[None], size, mode="bilinear", align_corners=False)
-        return interpolate(small, (height, width), mode="bilinear", align_corners=False)[0].clamp(0, 1)
+        return bounded(interpolate(small, (height, width), mode="bilinear", align_corners=False)[0])
     if number == 8:
         low_pass = []
         for size in (height, width):
@@ -329,7 +334,7 @@ DEFAULTS: dict[str, str] = {
     "sia": "[BlockOperations(copies=20, blocks=3)]",
     "bsr": "[BlockShuffle(copies=20, blocks=2, degrees=24.0)]",
     "maskblock": "[BlockMasks(blocks=4, copies=16)]",
-    "ssm": f"[SpectrumMask(copies=20, rho=0.5, sigma={16 / 255})]",
+    "ssm": f"[SpectrumMask(copies=20, rho=0.5, sigma={8 / 255})]",
     "usmm": "[UniformScales(copies=5, low=0.1, high=0.75), MixMask(pool=None, copies=3, mix_range=0.5)]",
 }
 

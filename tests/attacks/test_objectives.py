@@ -207,7 +207,8 @@ def test_the_targeted_attacks_are_diverse_and_smoothed(case: str) -> None:
         leaf = adv.clone().requires_grad_()
         shown = diversity(leaf, step, 1.3, 0.7)
         (g,) = torch.autograd.grad(shown, leaf, gradient(model, shown.detach(), images, gain))
-        m = DECAY * m + unit(conv2d(g.flatten(0, 1)[:, None], kernel[None, None], padding=2).reshape(g.shape))
+        g = conv2d(g.flatten(0, 1)[:, None], kernel[None, None], padding=2).reshape(g.shape)
+        m = DECAY * m + (unit(g) if case == "logit_margin" else g)
         adv = clip(adv + ALPHA * m.sign(), images)
     more = {"lamb": 0.3, "gamma": 0.5} if case == "potrip" else {}
     attack = create(

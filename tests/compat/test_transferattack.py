@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
@@ -56,7 +57,8 @@ def test_every_class_has_arguments_that_its_preset_knows(name: str) -> None:
     assert set(peer.names.values()) <= set(known)
     common = {"epsilon", "alpha", "epoch", "targeted", "random_start", "norm", "loss", "device", "attack", "seed"}
     own = {peer.names.get(argument, argument) for argument in peer.signature()} - common
-    assert own <= set(known)
+    assert own - {"gamma", "k", "patch_size", "mesh_width", "mesh_height"} <= set(known)
+    assert set(peer.made) <= set(known)
     assert set(peer.defaults) <= set(peer.signature())
     made = load_attack_class(name)
     assert made.__name__ == peer.class_name
@@ -111,6 +113,60 @@ def test_batches_continue_the_numbers_of_images() -> None:
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
     again = attacker(images, LABELS, indices=torch.arange(3))
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["aifgtm", "mig", "pgn", "ops"])
+def test_some_go_in_steps_of_epsilon_over_epoch(name: str) -> None:
+    numbers = {"epsilon": 0.2, "epoch": 4}
+    assert load_attack_class(name)(network(), **numbers).attack.alpha == pytest.approx(0.05)
+    assert load_attack_class(name)(network(), **numbers, alpha=0.02).attack.alpha == 0.02
+
+
+def test_arguments_that_the_preset_has_in_another_form() -> None:
+    def of(name: str, **given: Any) -> Any:
+        return load_attack_class(name)(network(), **given).attack
+
+    # Gamma is a step of 16 / 255 there, whatever the others.
+    assert of("pifgsm").step.factor == pytest.approx(1.0)
+    assert of("pifgsm", gamma=4.0, beta=5.0, alpha=1 / 255).step.factor == pytest.approx(4 / 5)
+    assert of("pifgsm", alpha=0.0).step.factor == 0.0
+    assert (of("ifgssm").step.stairs, of("ifgssm", k=10.0).step.stairs) == (64, 10)
+    assert (of("maskblock").copies, of("maskblock", patch_size=112).copies) == (16, 4)
+    assert (of("decowa").estimator.mesh, of("decowa", mesh_width=4, mesh_height=4).estimator.mesh) == (3, 4)
+    for name, bad, message in (
+        ("decowa", {"mesh_width": 4}, "mesh_height: got 3 beside a mesh_width of 4; allowed is the same"),
+        ("ifgssm", {"k": 0.0}, "k: got 0.0"),
+        ("maskblock", {"patch_size": 225}, "patch_size: got 225"),
+        ("pifgsm", {"gamma": -1.0}, "gamma: got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            of(name, **bad)
+
+
+def test_layers_are_those_of_transferattack_where_the_model_has_them() -> None:
+    def layer(name: str, model: nn.Module, **given: Any) -> str:
+        attack: Any = load_attack_class(name)(model, **given).attack
+        return str(attack.objective.layer)
+
+    with torch.device("meta"):
+        resnet, vgg = torchvision.models.resnet18(), torchvision.models.vgg11()
+    assert [layer(name, resnet) for name in ("fia", "naa", "rpa")] == ["layer2", "layer1", "layer1"]
+    assert layer("naa", resnet, feature_layer="layer3") == "layer3"
+    assert layer("naa", vgg) == "features.8"
+
+
+def test_l2_radii_may_be_above_one() -> None:
+    model, images = network(), photos().clamp(0.3, 0.7)
+    attack = load_attack_class("mifgsm")(model, epsilon=2.5, alpha=1.5, epoch=2, norm="l2").attack
+    assert (attack.eps, attack.alpha) == (2.5, 1.5)
+    fast = load_attack_class("fgsm")(model, epsilon=2.5, norm="l2")
+    # But for the few pixels that end at 0 or 1.
+    lengths = fast(images, LABELS).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 2.5), rtol=0.01, atol=0)
+    with pytest.raises(ValueError, match="norm: got 'l2'; allowed is 'linfty', as PC-FGSM has steps of its own"):
+        load_attack_class("pcifgsm")(model, norm="l2")
+    with pytest.raises(ValueError, match=r"epsilon: got -1\.0"):
+        load_attack_class("mifgsm")(model, epsilon=-1.0, norm="l2")
 
 
 def test_an_l2_start_lies_in_the_ball_and_so_does_the_end() -> None:

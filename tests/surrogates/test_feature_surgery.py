@@ -49,10 +49,8 @@ def test_dropout() -> None:
     images = photos("plain", ROWS)
 
     def by_hand(x: Tensor) -> Tensor:
-        x = model.features["conv1"](x)
-        x = relu(x * (uniform(1, (6, 6, 6), 1) >= 0.3) / 0.7)
-        x = model.features["conv2"](x)
-        x = relu(x * (uniform(1, (6, 4, 4), 2) >= 0.3) / 0.7)
+        x = relu(model.features["conv1"](x))
+        x = relu(model.features["conv2"](x * (uniform(1, (6, 6, 6), 1) >= 0.3) / 0.7))
         return model.head(x.mean((2, 3)))
 
     agree(surrogate(model, GhostDropout(0.3)), by_hand, images)
@@ -120,6 +118,7 @@ def test_ghosts_drop_features_where_there_are_no_skips() -> None:
         (lambda: surrogate(net("plain"), FeatureNoise("conv9")), "layer: got 'conv9'; allowed are names"),
         (lambda: surrogate(nn.Flatten(), FeatureNoise()), "source: Flatten has no convolution"),
         (lambda: surrogate(nn.Flatten(), GhostDropout()), "source: Flatten has no convolution"),
+        (lambda: surrogate(net("vit"), GhostDropout()), "source: VisionTransformer has one convolution; allowed are"),
         (lambda: surrogate(net("plain"), TokenShuffle()), "source: Plain has no attention that is known"),
     ],
 )

@@ -39,8 +39,8 @@ class EulerMean(Estimator):
 class NormPenalty(Estimator):
     """GNP (Wu et al., ICIP 2023): (1 + beta) g - beta h, with h the gradient at x + r g / mean|g|.
 
-    This is the gradient of J - r beta |grad J| by a finite difference; TransferAttack adds h instead. r: in units of
-    [0, 1] images.
+    By a finite difference this is the gradient of J - lam ||grad J||_2 with lam = r beta ||g||_2 / mean|g|. It is
+    TransferAttack that divides by the mean; it adds h instead. r: in units of [0, 1] images.
 
     Raises:
         ValueError: an r that is not positive, or a negative beta.

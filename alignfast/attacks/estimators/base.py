@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,7 +16,14 @@ __all__ = ["Estimator", "Expectation", "Plain"]
 
 
 class Estimator(Component):
-    """Which gradient to follow. An estimator that keeps nothing does the same at the last step as at any other."""
+    """Which gradient to follow. An estimator that keeps nothing does the same at the last step as at any other.
+
+    norm: of the steps that it takes on its own, in which the attack must be, too; None if it takes none, or such as do
+    not depend on the attack's. has_momentum: whether what it gives is a momentum already.
+    """
+
+    norm: ClassVar[Literal["linf"] | None] = None
+    has_momentum: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class PredictionCorrection(Estimator):
     Raises:
         ValueError: no prediction or too many for one step of an attack, or a negative decay.
     """
+
+    norm: ClassVar = "linf"
 
     predictions: int = 1
     decay: float = 1.0
@@ -66,6 +69,9 @@ class DirectionTuning(Estimator):
     Raises:
         ValueError: no step or too many for one step of an attack, or a negative decay.
     """
+
+    norm: ClassVar = "linf"
+    has_momentum: ClassVar = True
 
     steps: int = 10
     decay: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class EnsembleEstimator(Estimator):
 
     Where it moves images itself, it moves them in the L-inf ball, by the sign.
     """
+
+    norm: ClassVar = "linf"
 
     def check(self, source: Classifier, images: Tensor) -> None:
         if len(source.members) < 2:
@@ -81,8 +84,9 @@ class AdaptiveEnsemble(EnsembleEstimator):
     `beta` sum_{i != k} J_i(x_k) / J_i(x_i), with the objective J_i of member i; logits are added up with these weights,
     whatever the ensemble combines. The gradient of that is kept at pixels where the cosine of the members' gradients,
     along the channels and on average over pairs of members, is at least `threshold`, and is 0 elsewhere. Weights are an
-    image's own. (TransferAttack has a batch's, and leaves the last member out of the average over pairs.) For
-    objectives above 0 that grow with success, as untargeted cross-entropy.
+    image's own. (The authors' code and TransferAttack have a batch's, the former those of the first step throughout,
+    and leave the last member out of the average over pairs.) For objectives above 0 that grow with success, as
+    untargeted cross-entropy.
     beta: at least 0. threshold: in [-1, 1].
 
     Raises:
@@ -125,7 +129,8 @@ class CommonWeakness(EnsembleEstimator):
 
     A step of size `reverse` against the sign of the ensemble's gradient (sharpness-aware) comes first. Then each member
     in turn adds its gradient there, over its L2 norm, to a momentum with `decay` that lasts from step to step, and the
-    images move by `inner` times that momentum within the ball (cosine similarity encourager).
+    images move by `inner` times that momentum within the ball (cosine similarity encourager). As in TransferAttack the
+    first step stays in the ball and is taken by targeted attacks too; in the authors' code it does not and is not.
     reverse, inner: in units of [0, 1] images, at least 0; of an L-inf and of an L2 step. decay: at least 0.
 
     Raises:

@@ -117,7 +117,8 @@ class GradientRelevance(Estimator):
 class RandomWalk(Estimator):
     """The depth-first sampling of SMI-FGRM (Han et al., arXiv 2307.02828): the mean gradient along a walk from x.
 
-    Of its `samples` points the first is x itself, and each is uniform within `beta` eps of the one before.
+    Of its `samples` points the first is x itself, and each is uniform within `beta` eps of the one before. The authors'
+    code takes so many besides x.
 
     Raises:
         ValueError: no sample, or a negative beta.

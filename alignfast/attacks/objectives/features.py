@@ -67,12 +67,21 @@ class WeightedFeatures(Objective):
 class FeatureProjection(WeightedFeatures):
     """ILAP (Huang et al., ICCV 2019, eq. 1): <f(adv) - f(x), f(guide) - f(x)>, but for the constant in f(x).
 
-    The guide is what the same attack, in as many steps, reaches with cross-entropy. The second phase begins anew.
+    The guide is what the same attack, in as many steps, reaches with cross-entropy and a momentum of `decay`. The
+    second phase begins anew.
+
+    Raises:
+        ValueError: a negative decay.
     """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("decay", self.decay, low=0.0)
 
     def weights(self, start: Start) -> Tensor:
         assert start.guide is not None
-        guide = start.guide(CrossEntropy(self.targeted))
+        guide = start.guide(CrossEntropy(self.targeted), self.decay)
         led, clean = (_features(start, images, self.layers)[self.layer] for images in (guide, start.images))
         return led - clean
 
@@ -83,6 +92,7 @@ class FeatureImportance(WeightedFeatures):
 
     D is the sum, over `copies` of the image in which each element is 0 with probability `drop`, of the gradient of the
     logit (TransferAttack: of the probability) with respect to f. Targeted, the features that speak for the target grow.
+    TransferAttack has no momentum with it, whatever its decay.
 
     Raises:
         ValueError: no copy, or a probability outside [0, 1].
@@ -133,6 +143,7 @@ class NeuronAttribution(WeightedFeatures):
 
     A is the mean, over m = 1 ... copies, of the gradient of the label's probability with respect to f, at m / copies
     of the image: the integrated attention of each neuron on the way from a black image. Targeted, it is raised.
+    TransferAttack goes from m = 0 to copies - 1, without momentum; the authors' code adds noise to every point.
 
     Raises:
         ValueError: no copy.
@@ -157,7 +168,8 @@ class FeatureDistance(Objective):
 
     J is the cross-entropy, T(f) = sign(f) |f|^power, d goes over several layers, and box is a mean over `size` x `size`
     pixels around each, with zeros beyond the edge (TransferAttack: of disjoint squares), that makes perturbations
-    smooth. Targeted, J is less the cross-entropy of the target, and all else the same.
+    smooth. Targeted, J is less the cross-entropy of the target, and all else the same. (TransferAttack: all of it with
+    the other sign if targeted, of every layer with the logits, and J the mean over the batch.)
     names: of the layers. lam, eta: at least 0. power: in (0, 1]. size: odd.
 
     Raises:
@@ -207,17 +219,18 @@ class FeatureDistance(Objective):
 
 
 def middle_layer(source: nn.Module) -> str:
-    """The name of the middle one of the source's `stages`; of a torchvision ResNet, layer2."""
+    """The name of the middle one of the source's `stages`, of two the first; of a torchvision ResNet, layer2."""
     names = stages(source)
-    return names[len(names) // 2]
+    return names[(len(names) - 1) // 2]
 
 
 def stages(source: nn.Module) -> tuple[str, ...]:
     """The names of the layers that the source is a chain of.
 
-    They are the children of its module that hold parameters, without the last one, the head. Where the middle one of
-    them holds more than half of what they hold, as do `features` or `blocks`, they are its children, and so on. A
-    module with one child is taken for that child.
+    They are the children of its module that hold parameters, without the last one, the head; those alone that have
+    such children in turn, if any has, so that a stem of single layers is none. Where one of them holds more than nine
+    tenths of what they hold, as do `features` or `blocks`, they are its children, and so on. A module with one child
+    is taken for that child.
 
     Raises:
         ValueError: an ensemble, which has no such chain, or a module without such children.
@@ -226,17 +239,22 @@ def stages(source: nn.Module) -> tuple[str, ...]:
     blocks = [] if isinstance(model, Ensemble) else _blocks("", model.module)
     while len(blocks) == 1:
         blocks = _blocks(*blocks[0])
-    blocks = blocks[:-1]
+    blocks = _large(blocks[:-1])
     while blocks:
-        name, middle = blocks[len(blocks) // 2]
-        inner = _blocks(name, middle)
-        if not inner or 2 * _size(middle) <= sum(_size(block) for _, block in blocks):
+        all_of_them = sum(_size(block) for _, block in blocks)
+        inner = next((_blocks(name, block) for name, block in blocks if 10 * _size(block) > 9 * all_of_them), [])
+        if not inner:
             return tuple(name for name, _ in blocks)
-        blocks = inner
+        blocks = _large(inner)
     raise ValueError(
         "layer: got None for a source without layers that could be told from its children; allowed are names of its "
         "modules, as in named_modules"
     )
+
+
+def _large(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Those that are more than single layers, if any is."""
+    return [(name, block) for name, block in blocks if _blocks(name, block)] or blocks
 
 
 def _blocks(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -200,7 +200,7 @@ class Jittered(Objective):
 
     e is normal noise of standard deviation `std`, drawn for every class, view and step. Where the view is misclassified
     already, this is divided by max |x - images|, so that the perturbation shrinks. Targeted it is less the same with
-    the target class, which is never divided. The mean of squares is torchattacks' choice.
+    the target class, which is never divided (torchattacks: as well). The mean of squares is torchattacks' choice.
     scale: greater than 0. std: at least 0.
 
     Raises:

@@ -8,6 +8,7 @@ from torch import nn
 
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.objectives import CrossEntropy, Objective
+from alignfast.checks import check_count, check_number
 
 # Units of [0, 1] images.
 EPS = 8 / 255
@@ -27,6 +28,13 @@ class Options(TypedDict, total=False):
 
 # Of the options, by name.
 DEFAULTS: Options = {"seed": 0, "targeted": False, "max_batch": None, "memory": None, "cuda_graph": True}
+
+
+def even(eps: float, alpha: float | None, steps: int) -> float:
+    """alpha, or else eps / steps, with which all steps together reach eps."""
+    if alpha is not None:
+        return alpha
+    return check_number("eps", eps, low=0.0) / check_count("steps", steps)
 
 
 class MakesObjective(Protocol):

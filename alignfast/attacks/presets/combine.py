@@ -21,7 +21,8 @@ def combine(attacks: Mapping[str, Attack]) -> Attack:
     """One attack with the components of all, by name, on the source of the last.
 
     Transforms and shapings follow each other in the order given, equal ones once. Of step rules with momentum, the
-    largest momentum counts, and Nesterov's look-ahead if one of them has it. Random starts are taken over from any.
+    largest momentum counts, and Nesterov's look-ahead if one of them has it; but neither beside an estimator that has
+    a momentum of its own (DTA). Random starts are taken over from any.
 
     Raises:
         ValueError: two that ask for different estimators, step rules or objectives, or for different numbers; momentum
@@ -33,6 +34,8 @@ def combine(attacks: Mapping[str, Attack]) -> Attack:
         if item.init and item.name != "source":
             values = {name: getattr(attack, item.name) for name, attack in attacks.items()}
             merged[item.name] = _merged(item.name, values)
+    if merged["estimator"].has_momentum and isinstance(merged["step"], SignStep):
+        merged["step"] = replace(merged["step"], momentum=0.0, nesterov=False)
     return replace(last, **merged)
 
 

@@ -6,7 +6,7 @@ logits, probabilities or losses is any other preset on an `Ensemble`.
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import AdaptiveEnsemble, CommonWeakness, ReducedVariance
 from alignfast.attacks.objectives.base import refuse_targeted
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
-from alignfast.attacks.steps import SignStep
+from alignfast.attacks.steps import NormalStart, SignStep
 
 __all__ = ["CWA", "SVRE", "AdaEA"]
 
@@ -42,12 +42,16 @@ def AdaEA(
     decay: float = 1.0,
     beta: float = 10.0,
     threshold: float = -0.3,
+    random_start: bool = True,
     **options: Unpack[Options],
 ) -> Attack:
-    """Momentum with models weighted by how their steps transfer; not targeted (Chen et al., ICCV 2023)."""
+    """Momentum with models weighted by how their steps transfer; not targeted (Chen et al., ICCV 2023).
+
+    The start is normal noise of deviation 0.001, as in the authors' code.
+    """
     refuse_targeted("AdaEA", options.get("targeted", False))
-    estimator = AdaptiveEnsemble(beta, threshold)
-    return build(source, eps, alpha, steps, estimator=estimator, step=SignStep(decay), **options)
+    parts: dict[str, Any] = {"estimator": AdaptiveEnsemble(beta, threshold), "step": NormalStart(decay)}
+    return build(source, eps, alpha, steps, random_start=random_start, **parts, **options)
 
 
 def CWA(

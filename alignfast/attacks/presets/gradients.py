@@ -26,7 +26,7 @@ from alignfast.attacks.estimators import (
     WorstCase,
 )
 from alignfast.attacks.objectives import Logit, Probability
-from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
+from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build, even
 from alignfast.attacks.shaping import FrequencyMask, Smoothing
 from alignfast.attacks.steps import (
     AdaptiveTanhStep,
@@ -264,37 +264,42 @@ def IFGSSM(
 def PIFGSM(
     source: nn.Module,
     eps: float = EPS,
-    alpha: float = EPS / STEPS,
+    alpha: float | None = None,
     steps: int = STEPS,
     decay: float = 0.0,
     amplification: float = 10.0,
     kern_size: int = 3,
+    project_factor: float = 1.0,
     **options: Unpack[Options],
 ) -> Attack:
-    """Amplified steps whose excess goes to the neighbourhood; alpha is eps / steps (Gao et al., ECCV 2020)."""
-    step = PatchwiseStep(decay, amplification=amplification, size=kern_size)
-    return build(source, eps, alpha, steps, step=step, **options)
+    """Amplified steps whose excess goes to the neighbourhood; alpha, or else eps / steps (Gao et al., ECCV 2020)."""
+    step = PatchwiseStep(decay, amplification=amplification, factor=project_factor, size=kern_size)
+    return build(source, eps, even(eps, alpha, steps), steps, step=step, **options)
 
 
 def PIFGSMPP(
     source: nn.Module,
     eps: float = EPS,
-    alpha: float = EPS / STEPS,
+    alpha: float | None = None,
     steps: int = STEPS,
     decay: float = 0.0,
     amplification: float = 10.0,
     project_factor: float = 0.8,
     **options: Unpack[Options],
 ) -> Attack:
-    """PI-FGSM on the smoothed gradient, with a smaller spread part that is not amplified (Gao et al., arXiv 2020)."""
+    """PI-FGSM on the smoothed gradient, with a smaller spread part that is not summed up (Gao et al., arXiv 2020).
+
+    The kernel is the authors'; torchattacks' is 3 x 3 and, by an exchange of axes, even along each row.
+    """
     step = PatchwiseStep(decay, amplification=amplification, factor=project_factor, feedback=False)
-    return build(source, eps, alpha, steps, shaping=[Smoothing("gaussian", 3, 3.0)], step=step, **options)
+    shaping, size = [Smoothing("gaussian", 5, 3.0)], even(eps, alpha, steps)
+    return build(source, eps, size, steps, shaping=shaping, step=step, **options)
 
 
 def AIFGTM(
     source: nn.Module,
     eps: float = EPS,
-    alpha: float = EPS / STEPS,
+    alpha: float | None = None,
     steps: int = STEPS,
     beta_1: float = 0.9,
     beta_2: float = 0.99,
@@ -303,9 +308,9 @@ def AIFGTM(
     lam: float = 1.3,
     **options: Unpack[Options],
 ) -> Attack:
-    """Adaptive moments, tanh instead of sign; alpha, eps / steps, is the mean step size (Zou et al., AAAI 2022)."""
+    """Adaptive moments, tanh for sign; the mean step size is alpha, or else eps / steps (Zou et al., AAAI 2022)."""
     step = AdaptiveTanhStep(beta_1, beta_2, mu_1, mu_2, lam)
-    return build(source, eps, alpha, steps, step=step, **options)
+    return build(source, eps, even(eps, alpha, steps), steps, step=step, **options)
 
 
 def LFIFGSM(

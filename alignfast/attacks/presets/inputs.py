@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignfast.attacks.engine import Attack
 from alignfast.attacks.estimators import ConstrainedWarps
-from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build
+from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, Options, build, even
 from alignfast.attacks.shaping import Smoothing
 from alignfast.attacks.steps import SignStep, SummedStep
 from alignfast.attacks.transforms import (
@@ -205,11 +205,13 @@ def SSM(
     decay: float = 1.0,
     num_spectrum: int = 20,
     rho: float = 0.5,
-    sigma: float = 16 / 255,
+    sigma: float | None = None,
     **options: Unpack[Options],
 ) -> Attack:
-    """Momentum over noisy copies with randomly weighted frequencies, S2I-FGSM (Long et al., ECCV 2022)."""
-    masks = SpectrumMask(num_spectrum, rho, sigma)
+    """Momentum over copies with noise of sigma, or else eps, and randomly weighted frequencies: S2I-MI-FGSM
+    (Long et al., ECCV 2022); with decay 0, S2I-FGSM."""
+    noise = check_number("eps", eps, low=0.0, high=1.0) if sigma is None else sigma
+    masks = SpectrumMask(num_spectrum, rho, noise)
     return build(source, eps, alpha, steps, transforms=[masks], step=SignStep(decay), **options)
 
 
@@ -277,7 +279,7 @@ def DeCowA(
 def OPS(
     source: nn.Module,
     eps: float = EPS,
-    alpha: float = ALPHA,
+    alpha: float | None = None,
     steps: int = STEPS,
     decay: float = 1.0,
     beta: float = 2.0,
@@ -285,10 +287,12 @@ def OPS(
     num_sample_operator: int = 30,
     **options: Unpack[Options],
 ) -> Attack:
-    """Momentum over chains of random operators on neighbours within 1.5 beta eps (Guo et al., CVPR 2025)."""
+    """Momentum over chains of random operators on neighbours within 1.5 beta eps, in steps of alpha or else
+    eps / steps (Guo et al., CVPR 2025)."""
     radius = beta * check_number("eps", eps, low=0.0, high=1.0)
     operators = Operators(num_sample_neighbor, num_sample_operator, radius)
-    return build(source, eps, alpha, steps, transforms=[operators], step=SignStep(decay), **options)
+    size = even(eps, alpha, steps)
+    return build(source, eps, size, steps, transforms=[operators], step=SignStep(decay), **options)
 
 
 def DEM(

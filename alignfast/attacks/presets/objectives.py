@@ -31,13 +31,13 @@ from alignfast.attacks.objectives import (
 from alignfast.attacks.objectives.features import middle_layer, stages
 from alignfast.attacks.presets.build import ALPHA, EPS, STEPS, MakesObjective, Options, build
 from alignfast.attacks.shaping import Smoothing
-from alignfast.attacks.steps import NormalStart, SignStep
+from alignfast.attacks.steps import NormalStart, SignStep, SummedStep
 from alignfast.attacks.transforms import InputDiversity
 from alignfast.checks import check_choice
 
 __all__ = ["CWPGD", "FIA", "ILA", "LOGIT", "NAA", "POTRIP", "RPA", "TAP", "TPGD", "UPGD", "Jitter", "Logit_Margin"]
 
-# Of UPGD, by torchattacks' names.
+# Of UPGD; the first three are torchattacks'.
 LOSSES: dict[str, MakesObjective] = {
     "ce": CrossEntropy,
     "margin": partial(Margin, kappa=0.0),
@@ -111,9 +111,9 @@ def LOGIT(
     kernel_size: int = 5,
     **options: Unpack[Options],
 ) -> Attack:
-    """TI-DI-MI on the target's logit (Zhao et al., NeurIPS 2021)."""
-    parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
-    return build(source, eps, alpha, steps, objective=Logit, **parts, **options)
+    """TI-DI-MI on the target's logit, gradients not normalised in the momentum (Zhao et al., NeurIPS 2021)."""
+    parts = _diverse(resize_rate, diversity_prob, kernel_size)
+    return build(source, eps, alpha, steps, objective=Logit, step=SummedStep(decay), **parts, **options)
 
 
 def Logit_Margin(
@@ -128,8 +128,8 @@ def Logit_Margin(
     **options: Unpack[Options],
 ) -> Attack:
     """TI-DI-MI on logits calibrated by their margin (Weng et al., TIFS 2023)."""
-    parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
-    return build(source, eps, alpha, steps, objective=LogitMargin, **parts, **options)
+    parts = _diverse(resize_rate, diversity_prob, kernel_size)
+    return build(source, eps, alpha, steps, objective=LogitMargin, step=SignStep(decay), **parts, **options)
 
 
 def POTRIP(
@@ -145,10 +145,11 @@ def POTRIP(
     kernel_size: int = 5,
     **options: Unpack[Options],
 ) -> Attack:
-    """TI-DI-MI on the Poincare distance and a triplet (Li et al., CVPR 2020). Needs `targeted`."""
-    parts = _diverse(decay, resize_rate, diversity_prob, kernel_size)
+    """TI-DI-MI on the Poincare distance and a triplet, gradients not normalised in the momentum, as in the code of
+    Zhao et al. (Li et al., CVPR 2020). Needs `targeted`."""
+    parts = _diverse(resize_rate, diversity_prob, kernel_size)
     objective = partial(PoincareTriplet, lam=lamb, gamma=gamma)
-    return build(source, eps, alpha, steps, objective=objective, **parts, **options)
+    return build(source, eps, alpha, steps, objective=objective, step=SummedStep(decay), **parts, **options)
 
 
 def ILA(
@@ -160,9 +161,9 @@ def ILA(
     layer: str | None = None,
     **options: Unpack[Options],
 ) -> Attack:
-    """Momentum along what a first attack did to the features of `layer` (Huang et al., ICCV 2019)."""
-    objective = partial(FeatureProjection, layer or middle_layer(source))
-    return build(source, eps, alpha, steps, objective=objective, step=SignStep(decay), **options)
+    """BIM along what a first attack, with momentum, did to the features of `layer` (Huang et al., ICCV 2019)."""
+    objective = partial(FeatureProjection, layer or middle_layer(source), decay=decay)
+    return build(source, eps, alpha, steps, objective=objective, **options)
 
 
 def FIA(
@@ -230,10 +231,9 @@ def TAP(
     return build(source, eps, alpha, steps, objective=objective, **options)
 
 
-def _diverse(decay: float, resize_rate: float, diversity_prob: float, kernel_size: int) -> dict[str, Any]:
-    """The components of TI-DI-MI."""
+def _diverse(resize_rate: float, diversity_prob: float, kernel_size: int) -> dict[str, Any]:
+    """The components of TI-DI."""
     return {
         "transforms": [InputDiversity(resize_rate, diversity_prob)],
         "shaping": [Smoothing("gaussian", kernel_size)],
-        "step": SignStep(decay),
     }

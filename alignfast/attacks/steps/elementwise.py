@@ -22,7 +22,7 @@ class DecayingStep(SignStep):
     """GRA's decay indicator (Zhu et al., ICCV 2023): alpha M sign(m), elementwise.
 
     M begins as 1 / eta and is multiplied by eta wherever the sign of m, the momentum or else the gradient, is another
-    than at the step before; at the first step it is 1 throughout. eta: in (0, 1].
+    than at the step before; at the first step it is 1 wherever m is not 0. eta: in (0, 1].
 
     Raises:
         ValueError: a negative momentum, or an eta outside (0, 1].
@@ -54,7 +54,7 @@ class PatchwiseStep(SignStep):
     `size` x `size` - 1 neighbours of each element, zero outside the image. m is the momentum, or else the gradient.
 
     amplification: beta. factor: gamma over beta alpha. size: odd, at least 3. feedback: a counts the spread part too,
-    as in PI-FGSM; not so in torchattacks' PI-FGSM++.
+    as in PI-FGSM; not so in PI-FGSM++.
 
     Raises:
         ValueError: a negative momentum or factor, an amplification that is not positive, or an even size.
@@ -119,7 +119,8 @@ class RescaledStep(SignStep):
     """FGRM (Han et al., arXiv 2307.02828): alpha c sign(m) s(l), with s the logistic function.
 
     l is log2 |m| less its mean over the image and over its standard deviation, both of the elements other than 0; m is
-    the momentum, or else the gradient. c: `factor`. TransferAttack takes the sign of this once more.
+    the momentum, or else the gradient. c: `factor`. TransferAttack keeps this as
+    the momentum and takes its sign once more.
 
     Raises:
         ValueError: a negative momentum, or a factor that is not positive.

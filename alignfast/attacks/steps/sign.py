@@ -99,7 +99,8 @@ class CornerStart(SignStep):
 class GlobalMomentum(SignStep):
     """GI (Wang et al., arXiv 2211.11236): the momentum begins as it is after `steps` steps of size s alpha.
 
-    The images themselves begin anew after these. s: `factor`. momentum, nesterov: as in `SignStep`.
+    The images themselves begin anew after these, where the authors' code takes the first gradient after them still at
+    the end of that search. s: `factor`. momentum, nesterov: as in `SignStep`.
 
     Raises:
         ValueError: a negative momentum or factor, or no step.
@@ -122,7 +123,7 @@ class GlobalMomentum(SignStep):
 
 @dataclass(frozen=True)
 class L2Step(SignStep):
-    """alpha m / ||m||_2, projected on the L2 ball (Madry et al., ICLR 2018; Dong et al., CVPR 2018, eq. 9).
+    """alpha m / ||m||_2, projected on the L2 ball (Madry et al., ICLR 2018; Dong et al., CVPR 2018, section 3.3).
 
     eps and alpha are L2 distances, in units of [0, 1] images. momentum, nesterov: as in `SignStep`.
 
@@ -141,12 +142,23 @@ class L2Step(SignStep):
 
 
 @dataclass(frozen=True)
-class SummedStep(StepRule):
-    """ANDA's step (Fang et al., CVPR 2024): alpha sign(mean of all gradients so far), projected on the L-inf ball."""
+class SummedStep(SignStep):
+    """alpha sign(m), projected on the L-inf ball, m the sum of all gradients so far as they are.
 
-    def memory(self, start: Start) -> Memory:
-        return {"sum": torch.zeros_like(start.images)}
+    Each counts momentum^age times. With momentum 1 it is ANDA's step (Fang et al., CVPR 2024); with any, that of the
+    code of Zhao et al. (NeurIPS 2021) for targeted attacks. Without look-ahead, since m has the scale of gradients.
+
+    Raises:
+        ValueError: a negative momentum, or nesterov.
+    """
+
+    momentum: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov:
+            raise ValueError("nesterov: got True; allowed with SummedStep is False")
 
     def update(self, position: Position, grad: Tensor, memory: Memory) -> None:
-        total = memory["sum"].add_(grad)
+        total = memory["momentum"].mul_(self.momentum).add_(grad) if memory else grad
         sign_step(position.adv, position.images, total, alpha=position.alpha, eps=position.eps)

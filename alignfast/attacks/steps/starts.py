@@ -17,6 +17,8 @@ __all__ = ["NormalStart"]
 class NormalStart(SignStep):
     """A sign step whose random start is normal noise (Zhang et al., ICML 2019, algorithm 1), clipped to the ball.
 
+    So the code of AdaEA (Chen et al., ICCV 2023) starts, too.
+
     spread: its standard deviation, in units of [0, 1] images; at least 0.
 
     Raises:

@@ -10,6 +10,7 @@ from enum import IntEnum, auto
 import torch
 from torch import Tensor
 
+from alignfast.attacks.per_image import in_range
 from alignfast.attacks.transforms.sampling import interpolate, take
 from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
@@ -101,8 +102,8 @@ class BlockOperations(Transform):
         noise = draws.uniform(4, (channels, height, width), -NOISE, NOISE).flatten(0, 1)
         drop = torch.stack([of_blocks(table) for table in draws.uniform(5, (channels, *grid)).unbind(2)], 1) < DROPPED
         result = moved * torch.where(op == Op.SCALE, share, 1)[:, None]
-        result = torch.where(_chosen(op, Op.NOISE), (rows + noise).clamp(0, 1), result)
-        result = torch.where(_chosen(op, Op.RESIZE), _both(_resized, rows, down, along).clamp(0, 1), result)
+        result = torch.where(_chosen(op, Op.NOISE), in_range(rows + noise), result)
+        result = torch.where(_chosen(op, Op.RESIZE), in_range(_both(_resized, rows, down, along)), result)
         result = torch.where(_chosen(op, Op.LOW_PASS), _both(_low_pass, rows, down, along), result)
         return torch.where(_chosen(op, Op.DROP), torch.where(drop, 0, rows / (1 - DROPPED)), result)
 
@@ -161,8 +162,8 @@ class BlockShuffle(Transform):
 
     The image is cut into strips on one axis or the other with equal chances, and every strip into blocks, with
     lengths in the proportion of draws from [1, 2); strips change places, and blocks within their strip. What turns
-    out of a block is lost, and what is left empty is 0 (bilinear). The authors' code and TransferAttack turn whole
-    strips instead of blocks.
+    out of a block is lost, and what is left empty is 0 (bilinear). TransferAttack turns whole strips instead of
+    blocks; the authors' code cuts all strips alike and draws angles from a truncated normal distribution.
 
     degrees: in [0, 180].
 

@@ -19,7 +19,7 @@ __all__ = ["RandomCrop", "ShiftGrid", "Translation", "Warp"]
 
 @dataclass(frozen=True)
 class Translation(Transform):
-    """TI before its approximation (Dong et al., CVPR 2019, eq. 5): shifts by whole pixels, with zeros moving in.
+    """TI before its approximation (Dong et al., CVPR 2019): shifts by whole pixels, with zeros moving in.
 
     Down and right are drawn from -reach to reach, each alike and for each image and copy.
 

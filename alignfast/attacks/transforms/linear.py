@@ -19,11 +19,12 @@ __all__ = ["InputDiversity", "Neighbors", "Scales", "UniformScales"]
 
 @dataclass(frozen=True)
 class InputDiversity(Transform):
-    """DI (Xie et al., CVPR 2019, section 3.2): with probability p, resize at random and pad at random with zeros.
+    """DI (Xie et al., CVPR 2019): with probability p, resize at random and pad at random with zeros.
 
     For an image of side S: with `rate` below 1 the new side is drawn from [floor(rate S), S) and padded back to S
     (torchattacks' definition); with `rate` above 1 it is drawn from [S, floor(rate S)), padded to floor(rate S), and
-    all is resized back to S (TransferAttack's definition). Size, place and whether it is done at all are drawn for
+    all is resized back to S (TransferAttack's definition). The place is drawn from [0, r) on either axis, r being what
+    is padded. Size, place and whether it is done at all are drawn for
     each image and copy. copies: how many such views are shown. Square images only.
 
     Raises:
@@ -58,7 +59,7 @@ class InputDiversity(Transform):
 
 @dataclass(frozen=True)
 class Scales(Transform):
-    """SIM (Lin et al., ICLR 2020, eq. 8): `copies` copies of each image, copy i scaled by 2^-i.
+    """SIM (Lin et al., ICLR 2020, section 3.3): `copies` copies of each image, copy i scaled by 2^-i.
 
     Raises:
         ValueError: fewer than one copy.

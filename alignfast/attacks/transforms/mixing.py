@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignfast.attacks.per_image import in_range
 from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_images, check_number
@@ -102,6 +103,8 @@ class Mixes(_OfPool):
 class MixMask(_OfPool):
     """US-MM's mask (Wang et al., 2023): clip(x ((1 - r) + 2 r x'), 0, 1), x' drawn from `pool`, r being `mix_range`.
 
+    The gradient is that of x; TransferAttack takes that of the masked image, so that all scales weigh alike.
+
     pool: [M, C, H, W], floating point in [0, 1], on the device of the images; None is refused when images come.
     copies: masks of an image. mix_range: in [0, 1].
 
@@ -119,7 +122,7 @@ class MixMask(_OfPool):
     def view(self, views: Views, which: Tensor, draws: Draws) -> Views:
         pool, partner = self._drawn(draws, views.images.dtype)
         mask = 1 - self.mix_range + 2 * self.mix_range * pool[partner.flatten()]
-        return views.apply(lambda rows: (rows * mask).clamp(0, 1))
+        return views.apply(lambda rows: in_range(rows * mask))
 
 
 def _digest(pool: Tensor) -> str:

@@ -79,7 +79,7 @@ class DiversityEnsemble(Transform):
     """DEM's views (Zou et al., ECCV 2020): one for each of `rates`, resized, padded and resized back at that rate.
 
     As in `InputDiversity` with a rate above 1 and p = 1, but images need not be square: for a side S, the new side is
-    drawn from [S, floor(rate S)) and its place from all there are, for each image and copy.
+    drawn from [S, floor(rate S)) and its place from [0, floor(rate S) - new side), for each image and copy.
 
     rates: at least one, each at least 1.
 

@@ -23,7 +23,7 @@ class SpectrumMask(Transform):
     DCT-II of rows and columns. The gradient is that of x, as in the paper; the authors' code and TransferAttack take
     that of the transformed image.
 
-    rho: in [0, 1]. sigma: in units of [0, 1] images, which the paper sets to its eps. copies: of an image.
+    rho: in [0, 1]. sigma: in units of [0, 1] images, which the paper has at its eps. copies: of an image.
 
     Raises:
         ValueError: a number outside its range.

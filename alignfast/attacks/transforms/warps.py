@@ -16,7 +16,8 @@ def warp(rows: Tensor, offsets: Tensor) -> Tensor:
 
     The mesh has n x n points evenly over the image, whose corners are (-1, -1) and (1, 1). The spline f has the least
     bending among those with f(x_i) = x_i + offset_i and no offset on the rim (Bookstein, 1989), and the result has at
-    p what the image has at f(p), bilinear.
+    p what the image has at f(p), bilinear. (TransferAttack's grid is half a pixel wider on each side, so that no offset
+    is not no change.)
 
     offsets: [B, (n - 2)^2, 2], vertical and horizontal, of inner points in row order; differentiable.
     """
