@@ -14,7 +14,7 @@ import pytest
 
 from tests.native import emulated
 from tests.native.test_emulation import ORDERS
-from tests.native.test_isa import EVERY_OP, OPS, PATIENT, ROOT, differences, results
+from tests.native.test_isa import CHOICES, EVERY_OP, OPS, PATIENT, ROOT, differences, results
 
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.native.emulated_plugin"]
 
@@ -36,8 +36,9 @@ def test_every_op_has_kernels():
     assert {source.stem for source in emulated.sources()} == OPS
 
 
-def test_the_op_tests_pass(library):
-    run = run_python(library, *PYTEST, "-m", "not slow and not cpu_only", "tests/ops")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_op_tests_pass(library, choice):
+    run = run_python(library, *PYTEST, *choice, "-m", "not slow and not cpu_only", "tests/ops")
     assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
 
@@ -49,7 +50,10 @@ def emulated_results(library, order):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
+# A shuffle finds what an order does not; so the other one is for those who look for a race.
+@pytest.mark.parametrize(
+    "order", [ORDERS[-1], *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[1:-1])]
+)
 def test_the_order_of_threads_changes_no_bit(library, order):
     wanted = emulated_results(library, ORDERS[0])
     assert set(wanted) == OPS

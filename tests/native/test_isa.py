@@ -57,10 +57,18 @@ def test_results_are_the_same_bits_on_one_thread(by_default):
     assert differences(results(threads=1), by_default) == []
 
 
+# Few combinations of parameters, with every value of each, or all of them.
+CHOICES = [
+    pytest.param(["-p", "tests.covering"], id="covering"),
+    pytest.param([], id="all", marks=pytest.mark.slow),
+]
+
+
 # The widest set is what the tests of the ops use by themselves.
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("isa", USABLE[:-1])
-def test_the_op_tests_pass_on_the_narrower_instruction_sets(isa):
-    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", isa=isa)
+def test_the_op_tests_pass_on_the_narrower_instruction_sets(isa, choice):
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *choice, "tests/ops", isa=isa)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
 
