@@ -1,9 +1,11 @@
-"""APGD, whose checkpoints halve the steps of some images and take them back to their best point: a loop of its own."""
+"""Attacks that run again on what is not fooled yet; of them APGD, whose checkpoints halve the steps of some images and
+take them back to their best point: a loop of its own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,51 +23,90 @@ TINY = 1e-12
 # Of a step that is new; the rest is the step before it.
 SHARE_OF_NEW = 0.75
 
+# From images that still resist, their labels and the number of the restart: images, and which of them have fooled.
+Run = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 LossOf = Callable[[Tensor], Tensor]
+# From images and labels: what to increase.
+Goal = Callable[[Tensor, Tensor], LossOf]
 
 
-class _AutoPGD(Attack):
-    """What both have in common. The global generators are seeded with `seed` at every call."""
+class Restarting(Attack):
+    """Attacks of several runs, in the L-inf or the L2 norm. The global generators are seeded with `seed` at every call.
+
+    Raises:
+        ValueError: an unknown norm, eps below 0 or, in L-inf, above 1, no restart.
+    """
 
     norm: Literal["Linf", "L2"]
     eps: float
-    steps: int
     n_restarts: int
     seed: int
-    eot_iter: int
-    thr_decr: float
     verbose: bool
-    # Whether all images take the first one's step, as torchattacks has it for targets in L2.
-    _step_of_first = False
 
-    def _perturb(self, images: Tensor, labels: Tensor, goals: list[Callable[[Tensor, Tensor], LossOf]]) -> Tensor:
-        """Each goal in turn, given what is still classified right and its labels, says what to increase."""
+    @torch.no_grad()
+    def _run_all(self, images: Tensor, labels: Tensor, runs: Iterable[Run]) -> Tensor:
+        """Each run in turn, made after the generators are seeded, `n_restarts` times on what still resists."""
         check_choice("norm", self.norm, ("Linf", "L2"))
         check_number("eps", self.eps, low=0.0, high=1.0 if self.norm == "Linf" else math.inf)
-        check_count("steps", self.steps)
-        check_count("eot_iter", self.eot_iter)
+        check_count("n_restarts", self.n_restarts)
         images, labels = self._moved(images).detach(), self._moved(labels)
         check_images("images", in_unit_range(images))
         check_labels("labels", labels, len(images), None)
         adv = images.clone()
-        with torch.no_grad():
-            right = self.get_logits(images).max(1).indices == labels
+        resisting = self._resists(images, labels)
         torch.manual_seed(self.seed)
-        for goal in goals:
+        for run in runs:
             for restart in range(self.n_restarts):
-                left = right.nonzero()[:, 0]
+                left = resisting.nonzero()[:, 0]
                 if len(left) == 0:
                     return adv
-                found, fooled = self._single_run(images[left], labels[left], goal)
+                found, fooled = run(images[left], labels[left], restart)
                 adv[left[fooled]] = found[fooled]
-                right[left[fooled]] = False
+                resisting[left[fooled]] = False
                 if self.verbose:
-                    print(f"restart {restart} - robust accuracy: {right.float().mean():.2%}")
+                    print(f"restart {restart} - robust accuracy: {resisting.float().mean():.2%}")
         return adv
 
-    def _single_run(self, x: Tensor, y: Tensor, goal: Callable[[Tensor, Tensor], LossOf]) -> tuple[Tensor, Tensor]:
+    def _resists(self, images: Tensor, labels: Tensor) -> Tensor:
+        """bool [N]: whether the attack has not reached its end with these images."""
+        return self._predicted(images) == labels
+
+    def _predicted(self, images: Tensor) -> Tensor:
+        return self.get_logits(images).max(1).indices
+
+    def _drawn(self, like: Tensor) -> Tensor:
+        """A change of size eps in a random direction."""
+        if self.norm == "Linf":
+            drawn = 2 * torch.rand(like.shape).to(like.device) - 1
+            return self.eps * drawn / self._sizes(drawn)
+        drawn = torch.randn(like.shape).to(like.device)
+        return self.eps * drawn / (self._sizes(drawn) + TINY)
+
+    def _sizes(self, images: Tensor) -> Tensor:
+        """[N, 1, 1, 1]: their norms."""
+        return images.abs().amax(dim=(1, 2, 3), keepdim=True) if self.norm == "Linf" else _norms(images)
+
+    def _in_cube(self, x: Tensor, point: Tensor) -> Tensor:
+        return point.maximum(x - self.eps).minimum(x + self.eps).clamp(0, 1)
+
+
+class _AutoPGD(Restarting):
+    """What both have in common."""
+
+    steps: int
+    eot_iter: int
+    thr_decr: float
+    # Whether all images take the first one's step, as torchattacks has it for targets in L2.
+    _step_of_first = False
+
+    def _perturb(self, images: Tensor, labels: Tensor, goals: list[Goal]) -> Tensor:
+        check_count("steps", self.steps)
+        check_count("eot_iter", self.eot_iter)
+        return self._run_all(images, labels, [partial(self._single_run, goal) for goal in goals])
+
+    def _single_run(self, goal: Goal, x: Tensor, y: Tensor, restart: int) -> tuple[Tensor, Tensor]:
         """The last points that fooled the model, and which images have one."""
-        adv = self._start(x)
+        adv = (x + self._drawn(x)).clamp(0, 1)
         loss_of = goal(x, y)
         logits, loss, grad = self._look(adv, loss_of)
         fooled = logits.max(1).indices != y
@@ -96,15 +137,6 @@ class _AutoPGD(Attack):
                 since, interval = 0, max(interval - shrinks, shortest)
         return found, fooled
 
-    def _start(self, x: Tensor) -> Tensor:
-        if self.norm == "Linf":
-            drawn = 2 * torch.rand(x.shape).to(x.device) - 1
-            size = _wide(drawn.flatten(1).abs().amax(1))
-        else:
-            drawn = torch.randn(x.shape).to(x.device)
-            size = _norms(drawn) + TINY
-        return (x + self.eps * torch.ones_like(x[:, :1, :1, :1]) * drawn / size).clamp(0, 1)
-
     def _look(self, adv: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor, Tensor]:
         """Logits and losses of the last of `eot_iter` passes, and their mean gradient."""
         total = torch.zeros_like(adv)
@@ -113,7 +145,7 @@ class _AutoPGD(Attack):
             with torch.enable_grad():
                 logits = self.get_logits(leaf)
                 loss = loss_of(logits)
-            total += torch.autograd.grad(loss.sum(), leaf)[0]
+                total += torch.autograd.grad(loss.sum(), leaf)[0]
         return logits.detach(), loss.detach(), total / float(self.eot_iter)
 
     def _next(self, x: Tensor, adv: Tensor, before: Tensor, grad: Tensor, length: Tensor, share: float) -> Tensor:
@@ -123,9 +155,6 @@ class _AutoPGD(Attack):
             return self._in_cube(x, adv + (moved - adv) * share + (adv - before) * (1 - share))
         moved = self._in_sphere(x, adv + step * grad / (_norms(grad) + TINY), 0.0)
         return self._in_sphere(x, adv + (moved - adv) * share + (adv - before) * (1 - share), TINY)
-
-    def _in_cube(self, x: Tensor, point: Tensor) -> Tensor:
-        return point.maximum(x - self.eps).minimum(x + self.eps).clamp(0, 1)
 
     def _in_sphere(self, x: Tensor, point: Tensor, more: float) -> Tensor:
         delta = point - x
@@ -215,15 +244,20 @@ class APGDT(_AutoPGD):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         return self._perturb(images, labels, [self._toward(rank) for rank in range(2, self.n_target_classes + 2)])
 
-    def _toward(self, rank: int) -> Callable[[Tensor, Tensor], LossOf]:
-        """The class of the so manieth largest logit of the images themselves."""
+    def _toward(self, rank: int) -> Goal:
 
         def goal(x: Tensor, y: Tensor) -> LossOf:
             self.target_class = rank
-            targets = self.get_logits(x).detach().sort(1).indices[:, -rank]
+            targets = class_of_rank(rank, self.get_logits(x))
             return lambda logits: dlr(logits, y, targets)
 
         return goal
+
+
+def class_of_rank(rank: int, logits: Tensor) -> Tensor:
+    """int64 [N]: that of the so manieth largest logit."""
+    check_count("n_classes", rank, high=logits.shape[1])
+    return logits.sort(1).indices[:, -rank]
 
 
 def _wide(values: Tensor) -> Tensor:
