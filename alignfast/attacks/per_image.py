@@ -33,6 +33,12 @@ def over_mean(grad: Tensor) -> Tensor:
     return torch.where(mean > 0, grad / mean, 0)
 
 
+def over_length(grad: Tensor) -> Tensor:
+    """grad / ||grad||_2; zero where the image's gradient is."""
+    length = dot(grad, grad).sqrt().to(grad.dtype)
+    return torch.where(length > 0, grad / length, 0)
+
+
 def in_range(images: Tensor) -> Tensor:
     """Clamped to [0, 1], with a derivative of 1 at both ends, where images have many pixels and torch's clamp has 0 in
     some releases."""

@@ -251,7 +251,8 @@ def iefgsm(x: Tensor, step: int, grad: Gradient) -> Tensor:
 
 def gnp(x: Tensor, step: int, grad: Gradient) -> Tensor:
     here = grad(x)
-    return 1.7 * here - 0.7 * grad(x + 0.05 * unit(here))
+    length = here.square().sum((1, 2, 3), keepdim=True).sqrt()
+    return 1.7 * here - 0.7 * grad(x + 0.5 * here / length)
 
 
 def rap(x: Tensor, step: int, grad: Gradient) -> Tensor:
@@ -318,7 +319,7 @@ EQUATIONS: dict[str, tuple[Equation, dict[str, Any]]] = {
     ),
     "LFIFGSM": (momentum(lfifgsm), BASE | {"decay": DECAY, "kept": 0.4}),
     "IEFGSM": (momentum(iefgsm), BASE | {"decay": DECAY}),
-    "GNP": (momentum(gnp), BASE | {"decay": DECAY, "r": 0.05, "beta": 0.7}),
+    "GNP": (momentum(gnp), BASE | {"decay": DECAY, "r": 0.5, "beta": 0.7}),
     "RAP": (
         momentum(rap),
         BASE | {"decay": DECAY, "transpoint": 2, "epsilon_n": 0.2, "alpha_n": 0.06, "adv_steps": 3},

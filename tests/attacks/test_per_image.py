@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignfast.attacks.per_image import in_range, over_mean, total
+from alignfast.attacks.per_image import in_range, over_length, over_mean, total
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -24,6 +24,13 @@ def test_a_sum_is_the_same_alone_and_in_a_batch(threads: int) -> None:
         torch.set_num_threads(before)
     torch.testing.assert_close(together.flatten(), images.flatten(1).sum(1))
     assert torch.equal(total(images > 0).flatten(), (images > 0).flatten(1).sum(1).double())
+
+
+def test_lengths() -> None:
+    grad = torch.stack([torch.zeros(1, 2, 2), torch.tensor([[[3.0, 0.0], [0.0, -4.0]]])])
+    assert torch.equal(
+        over_length(grad), torch.stack([torch.zeros(1, 2, 2), torch.tensor([[[0.6, 0.0], [0.0, -0.8]]])])
+    )
 
 
 def test_the_ends_of_the_range_have_a_derivative() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from alignfast.attacks.component import Memory, Position
 from alignfast.attacks.estimators.base import Estimator
 from alignfast.attacks.gradient import Gradient, Look
-from alignfast.attacks.per_image import over_mean
+from alignfast.attacks.per_image import over_length, over_mean
 from alignfast.checks import check_count, check_number
 from alignfast.draws import MOST_PASSES
 from alignfast.ops import sign_step
@@ -37,10 +37,10 @@ class EulerMean(Estimator):
 
 @dataclass(frozen=True)
 class NormPenalty(Estimator):
-    """GNP (Wu et al., ICIP 2023): (1 + beta) g - beta h, with h the gradient at x + r g / mean|g|.
+    """GNP (Wu et al., ICIP 2023): (1 + beta) g - beta h, with h the gradient at x + r g / ||g||_2.
 
-    By a finite difference this is the gradient of J - lam ||grad J||_2 with lam = r beta ||g||_2 / mean|g|. It is
-    TransferAttack that divides by the mean; it adds h instead. r: in units of [0, 1] images.
+    By a finite difference this is the gradient of J - r beta ||grad J||_2. TransferAttack divides by mean|g|, which
+    makes that step many times as long, and adds h instead. r: an L2 distance, in units of [0, 1] images.
 
     Raises:
         ValueError: an r that is not positive, or a negative beta.
@@ -59,7 +59,7 @@ class NormPenalty(Estimator):
 
     def estimate(self, gradient: Gradient, position: Position, memory: Memory) -> Tensor:
         here = gradient(position.point)
-        uphill = gradient(position.point + self.r * over_mean(here))
+        uphill = gradient(position.point + self.r * over_length(here))
         return (1 + self.beta) * here - self.beta * uphill
 
 
