@@ -66,14 +66,24 @@ def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resu
     if held:
         if not resume and held != {RUN_FILE}:
             raise ValueError(f"out: {folder} already holds files; give a new or an empty folder")
-        if read_run(folder) != wanted:
-            raise ValueError(f"out: {folder} holds the results of a different run; give a new or an empty folder")
+        there = read_run(folder)
+        if there != wanted:
+            what = differences(there, wanted) if isinstance(there, dict) else f"no {RUN_FILE} that can be read"
+            raise ValueError(
+                f"out: {folder} holds the results of a different run ({what}); give a new or an empty folder"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN_FILE, wanted)
     except OSError as error:
         raise ValueError(f"out: cannot write to {folder} ({error.strerror}); give a writable folder") from error
     return folder
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between the settings of two runs, as "name: a there, b here"; empty if nothing does."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
 def read_run(folder: Path) -> Any:

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -29,6 +30,7 @@ from alignfast.checks import check_choice, check_count, check_labels, check_numb
 from alignfast.data.datasets import ImageDataset
 from alignfast.data.images import to_pil, to_pixels
 from alignfast.data.sources import FileReader, Source, numbered
+from alignfast.distributed import gather, on_main
 from alignfast.files import replacing, write_json, write_text
 from alignfast.versions import package_versions
 
@@ -130,6 +132,9 @@ class AdversarialWriter:
                 writer.add(quantise(adversarial, eight_bit(images), eps), labels, indices)
 
     Leaving the block by an exception, Ctrl-C included, leaves the images written so far and no manifest.
+
+    Where a process group is initialised, all of its ranks make a writer of the same folder, each adds images of its
+    own, or none, and all finish it together: rank 0 writes the manifest of what all have added.
     """
 
     def __init__(
@@ -156,9 +161,9 @@ class AdversarialWriter:
         self._manifest = manifest
         self._names = png_names(filenames)
         self._files: dict[int, AdversarialFile] = {}
-        _claim(self._folder, resume)
-        for path in sorted(self._images.iterdir()):
-            self._take_up(path)
+        # By one rank, as the others might take the images that it writes for those of an earlier attempt.
+        self._files, channels = on_main(lambda: self._opened(resume))
+        self._manifest = replace(self._manifest, channels=channels)
 
     def pending(self, indices: Tensor) -> Tensor:
         """Which of `indices` int64 [N] are not written yet: bool [N] on the CPU. All of them, unless resumed."""
@@ -186,17 +191,14 @@ class AdversarialWriter:
                 self._write(data, **record)
 
     def finish(self) -> Manifest:
-        """Write labels.csv and then the manifest, which declares the folder finished; ValueError without images."""
-        if not self._files:
-            raise ValueError("writer: no images were added, so there is nothing to finish")
-        files = tuple(self._files[index] for index in sorted(self._files))
-        _one_kind(files)
-        table = _table(files)
-        write_text(self._folder / LABELS, table)
-        manifest = replace(self._manifest, files=files, labels_sha256=_sha256(table.encode()))
-        write_json(self._folder / MANIFEST, manifest.to_dict())
-        self._manifest = manifest
-        return manifest
+        """Write labels.csv and then the manifest, which declares the folder finished.
+
+        Raises:
+            ValueError: no image was added, or ranks added the same image or images of several kinds.
+        """
+        self._files, channels = _merged(gather((self._files, self._manifest.channels)))
+        self._manifest = on_main(partial(self._declared, channels))
+        return self._manifest
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +208,21 @@ class AdversarialWriter:
     ) -> None:
         if kind is None:
             self.finish()
+
+    def _opened(self, resume: bool) -> tuple[dict[int, AdversarialFile], int]:
+        _claim(self._folder, resume)
+        for path in sorted(self._images.iterdir()):
+            self._take_up(path)
+        return self._files, self._manifest.channels
+
+    def _declared(self, channels: int) -> Manifest:
+        files = tuple(self._files[index] for index in sorted(self._files))
+        _one_kind(files)
+        table = _table(files)
+        write_text(self._folder / LABELS, table)
+        manifest = replace(self._manifest, channels=channels, files=files, labels_sha256=_sha256(table.encode()))
+        write_json(self._folder / MANIFEST, manifest.to_dict())
+        return manifest
 
     def _check(self, images: Tensor, labels: Tensor, indices: Tensor, targets: Tensor | None) -> None:
         if images.dtype != torch.uint8:
@@ -340,6 +357,22 @@ def _record(path: Path) -> dict[str, Any]:
     except Exception:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _merged(ranks: Sequence[tuple[dict[int, AdversarialFile], int]]) -> tuple[dict[int, AdversarialFile], int]:
+    """The files of all ranks by index, and their channels. What was there from the beginning is with every rank."""
+    merged: dict[int, AdversarialFile] = {}
+    for files, _ in ranks:
+        twice = [index for index, file in files.items() if merged.get(index, file) != file]
+        if twice:
+            raise ValueError(f"indices: image {twice[0]} is written by two ranks; allowed is each image once")
+        merged |= files
+    channels = {count for files, count in ranks if files}
+    if not merged:
+        raise ValueError("writer: no images were added, so there is nothing to finish")
+    if len(channels) > 1:
+        raise ValueError("images: ranks added images of 1 and of 3 channels; allowed is one kind")
+    return merged, channels.pop()
 
 
 def _one_kind(files: Sequence[AdversarialFile]) -> None:

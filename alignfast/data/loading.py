@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from alignfast.checks import check_count, check_images
 from alignfast.data.datasets import stack
 from alignfast.data.views import stream_seed
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -26,7 +29,8 @@ class Batch(NamedTuple):
 class Loader:
     """Batches of a data set, in an order that is a pure function of (seed, epoch); made by `loader`.
 
-    Iterating twice gives the same batches; `set_epoch` gives another order and other training views.
+    Iterating twice gives the same batches; `set_epoch` gives another order and other training views. Among several
+    processes batches are divided by `shard` or `deal`, and `batch_size` stays that of all ranks together.
     """
 
     def __init__(
@@ -39,6 +43,41 @@ class Loader:
         self._epoch = 0
         self._workers = workers
         self._drop_last = drop_last
+        self._rank, self._world, self._whole = 0, 1, False
+
+    def shard(self, rank: int, world: int) -> Loader:
+        """Of every batch the part of this rank, for training: a loader of its own over the same data set.
+
+        All ranks have as many batches. Parts of a batch are contiguous, disjoint and cover it in the order of the
+        ranks, and their sizes differ by at most one. A batch of fewer images than ranks has empty parts: images
+        [0, C, H, W], so that every rank takes part in every step. An iterable is read by every rank as a whole; its
+        samples go to ranks by position, so it must be the same on all.
+
+        Raises:
+            ValueError: `rank` outside [0, world), or a loader that is a rank's already.
+        """
+        return self._divided(rank, world, whole=False)
+
+    def deal(self, rank: int, world: int) -> Loader:
+        """Every `world`-th batch from batch `rank` on, whole, for evaluation: what is computed of a batch is then the
+        same to the last bit whatever the number of ranks, of which some may have no batch. `iterate(start)` counts
+        this rank's batches; raises as `shard`.
+        """
+        return self._divided(rank, world, whole=True)
+
+    def _divided(self, rank: int, world: int, *, whole: bool) -> Loader:
+        check_count("world", world)
+        check_count("rank", rank, low=0, high=world - 1)
+        if self._world > 1:
+            raise ValueError(f"loader: is that of rank {self._rank} of {self._world}; allowed is one of the whole data")
+        divided = copy.copy(self)
+        divided._rank, divided._world, divided._whole = rank, world, whole
+        return divided
+
+    @property
+    def images(self) -> int:
+        """Images in one pass over this loader, of an indexable data set: those of this rank alone."""
+        return sum(0 if part.empty else len(part.items) for part in self._order())
 
     def set_epoch(self, epoch: int) -> None:
         """Epoch of the order and, where the data set has a `set_epoch`, of its random views."""
@@ -47,8 +86,8 @@ class Loader:
             self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + bool(rest and not self._drop_last)
+        count = self._batches()
+        return len(range(self._rank, count, self._world)) if self._whole else count
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()
@@ -60,7 +99,11 @@ class Loader:
             return islice(self._streamed(), start, None)
         return self._indexed(self._order()[start:])
 
-    def _order(self) -> list[list[int]]:
+    def _batches(self) -> int:
+        full, rest = divmod(len(self.dataset), self.batch_size)
+        return full + bool(rest and not self._drop_last)
+
+    def _order(self) -> list[_Part[int]]:
         count = len(self.dataset)
         if self._shuffle:
             generator = torch.Generator().manual_seed(stream_seed("order", self._seed, self._epoch))
@@ -68,12 +111,16 @@ class Loader:
         else:
             order = list(range(count))
         batches = [order[at : at + self.batch_size] for at in range(0, count, self.batch_size)]
-        return batches[: len(self)]
+        return list(self._parts(batches[: self._batches()]))
 
-    def _indexed(self, order: list[list[int]]) -> Iterator[Batch]:
+    def _parts(self, batches: Iterable[list[T]]) -> Iterator[_Part[T]]:
+        if self._whole:
+            return (_Part(batch) for batch in islice(batches, self._rank, None, self._world))
+        return (_part(batch, self._rank, self._world) for batch in batches)
+
+    def _indexed(self, order: list[_Part[int]]) -> Iterator[Batch]:
         if self._workers == 0:
-            for indices in order:
-                yield _collate([(index, self.dataset[index]) for index in indices])
+            yield from (_read(self.dataset, part) for part in order)
             return
         # A generator of its own: a DataLoader takes its workers' base seed from the global one otherwise.
         batches: DataLoader[Any] = DataLoader(
@@ -88,9 +135,9 @@ class Loader:
 
     def _streamed(self) -> Iterator[Batch]:
         samples = enumerate(self.dataset)
-        while chunk := list(islice(samples, self.batch_size)):
-            if len(chunk) == self.batch_size or not self._drop_last:
-                yield _collate(chunk)
+        chunks = iter(lambda: list(islice(samples, self.batch_size)), [])
+        kept = (chunk for chunk in chunks if len(chunk) == self.batch_size or not self._drop_last)
+        yield from map(_collate, self._parts(kept))
 
 
 def loader(
@@ -154,6 +201,18 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
 
 
+class _Part(NamedTuple, Generic[T]):
+    """What a rank has of a batch. `empty`: no image, and `items` is one of another rank's, for the images' shape."""
+
+    items: list[T]
+    empty: bool = False
+
+
+def _part(batch: list[T], rank: int, world: int) -> _Part[T]:
+    low, high = len(batch) * rank // world, len(batch) * (rank + 1) // world
+    return _Part(batch[low:high]) if low < high else _Part(batch[:1], empty=True)
+
+
 class _Failure(NamedTuple):
     """A worker's ValueError: raised by the DataLoader itself it would come as a page of traceback."""
 
@@ -161,14 +220,14 @@ class _Failure(NamedTuple):
 
 
 class _Fetch(Dataset[Any]):
-    """Whole batches by their indices."""
+    """Whole batches by their parts."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, indices: list[int]) -> Batch | _Failure:
+    def __getitem__(self, part: _Part[int]) -> Batch | _Failure:
         try:
-            return _collate([(index, self._dataset[index]) for index in indices])
+            return _read(self._dataset, part)
         except ValueError as error:
             return _Failure(str(error))
 
@@ -183,13 +242,18 @@ def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def _collate(samples: Sequence[tuple[int, Any]]) -> Batch:
-    parts = [_sample(position, sample) for position, sample in samples]
-    return Batch(
-        images=stack([(index, image) for image, _, index in parts]),
-        labels=torch.tensor([label for _, label, _ in parts], dtype=torch.int64),
-        indices=torch.tensor([index for _, _, index in parts], dtype=torch.int64),
+def _read(dataset: Any, part: _Part[int]) -> Batch:
+    return _collate(_Part([(index, dataset[index]) for index in part.items], part.empty))
+
+
+def _collate(part: _Part[tuple[int, Any]]) -> Batch:
+    samples = [_sample(position, sample) for position, sample in part.items]
+    batch = Batch(
+        images=stack([(index, image) for image, _, index in samples]),
+        labels=torch.tensor([label for _, label, _ in samples], dtype=torch.int64),
+        indices=torch.tensor([index for _, _, index in samples], dtype=torch.int64),
     )
+    return Batch(*(tensor[:0] for tensor in batch)) if part.empty else batch
 
 
 def _sample(position: int, sample: Any) -> tuple[Tensor, int, int]:

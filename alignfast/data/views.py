@@ -16,7 +16,8 @@ from alignfast.data.images import pixels_of, to_float, to_pil, to_pixels, to_ten
 
 
 class AugmentedDataset(Dataset[Sample]):
-    """`dataset` seen through a random crop and flip; made by `augmented`. `set_epoch` changes every draw."""
+    """`dataset` seen through a random crop and flip; made by `augmented`. `set_epoch` changes every draw, unless the
+    views are fixed."""
 
     def __init__(
         self,
@@ -26,17 +27,19 @@ class AugmentedDataset(Dataset[Sample]):
         flip: bool,
         seed: int,
         indices: Sequence[int],
+        fixed: bool,
     ) -> None:
         self.dataset = dataset
         self.num_classes = dataset.num_classes
         self._seed = seed
         self._indices = indices
         self._epoch = 0
+        self._fixed = fixed
         crop = v2.RandomResizedCrop(size, scale=scale, antialias=True)
         self._view = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = check_count("epoch", epoch, low=0)
+        self._epoch = 0 if self._fixed else check_count("epoch", epoch, low=0)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -60,6 +63,7 @@ def augmented(
     flip: bool = True,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    fixed: bool = False,
 ) -> AugmentedDataset:
     """Random resized crops and horizontal flips of the 8-bit images in full resolution.
 
@@ -73,6 +77,7 @@ def augmented(
         flip: mirror half of the views.
         seed: of all draws, at least 0.
         indices: the images to take, by data-set index; None for all.
+        fixed: every pass sees the same view of an image, so that what a witness says of it can be kept.
     """
     height, width = (check_count("size", side) for side in size)
     low, high = scale
@@ -81,7 +86,9 @@ def augmented(
     chosen = range(len(dataset)) if indices is None else list(indices)
     for index in chosen:
         check_count("indices", index, low=0, high=len(dataset) - 1)
-    return AugmentedDataset(dataset, (height, width), (low, high), flip, check_count("seed", seed, low=0), chosen)
+    return AugmentedDataset(
+        dataset, (height, width), (low, high), flip, check_count("seed", seed, low=0), chosen, fixed
+    )
 
 
 def stream_seed(purpose: str, *keys: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from alignfast.attacks import Attack, create
 from alignfast.checks import check_labels
 from alignfast.data import Batch, as_batches
+from alignfast.distributed import main, on_main
 from alignfast.evaluation.matrix_result import Cell, Comparison, TransferMatrix
+from alignfast.evaluation.shares import Shares, shares_of
 from alignfast.evaluation.statistics import paired
 from alignfast.files import replacing
 from alignfast.models import Classifier, as_classifier, evaluating, fingerprint, fit_size
@@ -48,6 +50,10 @@ def transfer_matrix(
     Two protocols. All images (the default): the share of all images that the target gets wrong. Qualified: the same
     among the images that source and target both get right when clean, and on which the attack fools each of them
     white-box (Ma et al., ECCV 2024, section 4.1, as a conjunction); this needs the attack run on the targets too.
+
+    Where a process group is initialised, all ranks call this with the same arguments. Each attacks and measures every
+    `world`-th batch, and all get the result that one process would have got. Rank 0 shows the progress and keeps the
+    parts, which any number of ranks can take up again.
 
     Args:
         sources, targets: models by name, images in [0, 1] to logits. A model of another input size is given the
@@ -83,27 +89,20 @@ def transfer_matrix(
     }
     jobs = _jobs(models, attacks, qualified)
     data = list(data) if isinstance(data, Iterator) else data
-    measured = _Measured(labels_of(data))
+    shares = shares_of(data)
+    measured = _Measured(shares.labels)
     everyone = list(wrapped.values())
-    batches = len(data) if isinstance(data, Sized) else 1
-    total = batches * (len(everyone) + len(jobs))
+    total = shares.batches * (len(everyone) + len(jobs))
     for role, group in models.items():
         for name, model in group.items():
             check_labels(f"data's labels for {role} {name}", measured.labels, len(measured.labels), model.num_classes)
-    with evaluating(*everyone), show_progress("transfer", total, "batches", shown=progress) as tick:
+    with evaluating(*everyone), show_progress("transfer", total, "batches", shown=progress and main()) as tick:
         for model in everyone:
-            measured.right[id(model)] = ~errors_of(model, [model], data, None, measured.labels, tick)[0]
+            own = errors_of(model, [model], shares.own, None, shares.own_labels, tick)
+            measured.right[id(model)] = ~shares.merge(own)[0]
         for job in jobs:
             judges = [job.model] if job.role == "target" else [job.model, *models["target"].values()]
-            part = None if parts is None else _Part(Path(parts) / job.file_name, job.identity(judges, measured.labels))
-            wrong = None if part is None else part.read()
-            if wrong is None:
-                wrong = errors_of(job.model, judges, data, job.attack, measured.labels, tick)
-                if part is not None:
-                    part.write(wrong)
-            else:
-                tick(batches, "")
-            measured.fooled[job.role, job.name, job.attack_name] = wrong
+            measured.fooled[job.role, job.name, job.attack_name] = _outcome(job, judges, shares, parts, tick)
     described = {job.attack_name: job.attack.parameters() for job in reversed(jobs)}
     for name, spec in attacks.items():
         # Tensors, as images to mix in, are told by the attack in few words.
@@ -163,6 +162,23 @@ class _Measured:
     fooled: dict[tuple[str, str, str], Flags] = field(default_factory=dict)
 
 
+def _outcome(
+    job: _Job, judges: list[Classifier], shares: Shares, parts: str | os.PathLike[str] | None, tick: Advance
+) -> Flags:
+    """[judges, N]: who is wrong after the attack, from an earlier call where it has been kept."""
+    part = None
+    if parts is not None and main():
+        part = _Part(Path(parts) / job.file_name, job.identity(judges, shares.labels))
+    wrong = on_main(lambda: None if part is None else part.read())
+    if wrong is not None:
+        tick(shares.batches, "")
+        return wrong
+    wrong = shares.merge(errors_of(job.model, judges, shares.own, job.attack, shares.own_labels, tick))
+    if part is not None:
+        part.write(wrong)
+    return wrong
+
+
 def _jobs(
     models: Mapping[str, Mapping[str, Classifier]], attacks: Mapping[str, AttackSpec], qualified: bool
 ) -> list[_Job]:
@@ -199,7 +215,7 @@ def errors_of(
     labels: Tensor,
     tick: Advance | None = None,
 ) -> Flags:
-    """[judges, N]: which images each judge gets wrong after `attack` on `source`, or clean where it is None."""
+    """[judges, N]: which of the images each judge gets wrong after `attack` on `source`, or clean where it is None."""
     wrong: list[Tensor] = []
     seen: list[Tensor] = []
     for batch in as_batches(data):
@@ -211,9 +227,9 @@ def errors_of(
         seen.append(truth)
         if tick is not None:
             tick(1, "")
-    if not torch.equal(torch.cat(seen).cpu(), labels):
+    if not torch.equal(torch.cat(seen).cpu() if seen else labels[:0], labels):
         raise ValueError("data: the order changes from pass to pass; allowed is a loader that does not shuffle")
-    return torch.cat(wrong, 1).cpu().numpy()
+    return torch.cat(wrong, 1).cpu().numpy() if wrong else np.zeros((len(judges), 0), dtype=np.bool_)
 
 
 @torch.no_grad()
