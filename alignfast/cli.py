@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import torch
 import typer
@@ -15,8 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Subset
 
-from alignfast.alignment import AlignConfig, align
+from alignfast.alignment import AlignConfig, Snapshots, align
+from alignfast.alignment.cache import WitnessCache, witness_key
 from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
+from alignfast.alignment.embeddings import EMBEDDINGS, EmbeddingLoss
+from alignfast.alignment.logs import JsonLines, Log, TensorBoard
+from alignfast.alignment.outputs import OUTPUTS
 from alignfast.attacks import create
 from alignfast.attacks.presets import parameters_of
 from alignfast.bench.run import bench_command
@@ -24,6 +30,7 @@ from alignfast.checks import check_choice, check_count, check_device
 from alignfast.config import MatrixConfig, attack_spec, build_model, named_model, trained_model
 from alignfast.data import (
     AdversarialWriter,
+    Batch,
     ImageDataset,
     Manifest,
     augmented,
@@ -34,10 +41,11 @@ from alignfast.data import (
     read_adversarial,
     spread_indices,
 )
+from alignfast.distributed import current, on_main, process_group
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.evaluation.images import evaluate_images
 from alignfast.evaluation.outputs import show, write_results
-from alignfast.files import claim_folder, write_text
+from alignfast.files import claim_folder, write_json
 from alignfast.models import Classifier, fingerprint, save_checkpoint
 from alignfast.progress import progress
 from alignfast.versions import package_versions
@@ -70,6 +78,8 @@ SPREAD = ("--targets",)
 # Above this, an unreadable image stops the run when its turn comes, instead of before it.
 MOST_VERIFIED = 2000
 INTERRUPTED = 130
+# Images of the data and of the held-out ones on which an alignment is measured.
+MOST_SHOWN = 256
 # Columns of a table that goes to a file.
 LINE = 200
 # typer keeps its parser's exceptions to itself; every usage error has this base.
@@ -88,6 +98,21 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 NumClasses = Annotated[int | None, typer.Option(help="Where it differs from the architecture's default.")]
 Limit = Annotated[int | None, typer.Option(help="Use so many images, spread evenly over the data set.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def by_ranks(command: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The command in a process group of its --device, where torchrun started it."""
+
+    @wraps(command)
+    def among_ranks(*args: Given.args, **options: Given.kwargs) -> Result:
+        with process_group(check_device(str(options["device"]))):
+            return command(*args, **options)
+
+    return among_ranks
 
 
 def main() -> None:
@@ -149,31 +174,64 @@ def demo_command(
 
 
 @app.command("align")
+@by_ranks
 def align_command(
     source: Annotated[str, typer.Option(help=f"The model to align. {MODEL_HELP}")],
     witness: Annotated[list[str], typer.Option(help=f"The model to align to; repeat for several. {MODEL_HELP}")],
     data: Data,
-    out: Out,
+    out: Annotated[Path, typer.Option(help="A new or empty folder, or with --resume that of the same run.")],
     source_checkpoint: Annotated[Path | None, typer.Option(help="Weights of the source.")] = None,
     witness_checkpoint: Annotated[
         list[Path] | None, typer.Option(help="Weights of the witnesses, in their order.")
     ] = None,
     num_classes: NumClasses = None,
-    batch_size: BatchSize = 32,
+    batch_size: Annotated[int, typer.Option(help="Images a batch, of all devices together.")] = 32,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = AlignConfig.accumulate,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = AlignConfig.epochs,
     steps: Annotated[int | None, typer.Option(help="Stop after so many iterations instead.")] = None,
     optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = AlignConfig.optimizer,
-    lr: Annotated[float, typer.Option(help="Learning rate; falls to 0 along a cosine.")] = AlignConfig.lr,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = AlignConfig.lr,
     momentum: Annotated[float, typer.Option()] = AlignConfig.momentum,
     weight_decay: Annotated[float, typer.Option()] = AlignConfig.weight_decay,
-    temperature: Annotated[float, typer.Option(help="Of the divergence.")] = AlignConfig.temperature,
+    schedule: Annotated[str, typer.Option(help="cosine, along which the rate falls to 0, or constant.")] = "cosine",
+    warmup: Annotated[int, typer.Option(help="Steps in which the rate first rises.")] = AlignConfig.warmup,
+    temperature: Annotated[float, typer.Option(help="Of the loss of predictions.")] = AlignConfig.temperature,
+    loss: Annotated[str, typer.Option(help=f"Of predictions: {', '.join(OUTPUTS)}.")] = AlignConfig.loss,
     direction: Annotated[str, typer.Option(help="forward, reverse, symmetric or jsd.")] = AlignConfig.direction,
     combine: Annotated[str, typer.Option(help="Several witnesses: mean, max or min.")] = AlignConfig.combine,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help=f"NAME[=WEIGHT], repeat for several: {', '.join(EMBEDDINGS)}.")
+    ] = None,
+    source_layer: Annotated[str | None, typer.Option(help="Of the source's embedding.")] = None,
+    witness_layer: Annotated[str | None, typer.Option(help="Of the witnesses' embeddings.")] = None,
     lambda_cls: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = AlignConfig.lambda_cls,
+    lambda_self: Annotated[
+        float, typer.Option(help="Weight of the divergence from the source as it was.")
+    ] = AlignConfig.lambda_self,
     clip_norm: Annotated[float | None, typer.Option(help="Bound of the gradient's norm.")] = AlignConfig.clip_norm,
+    ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, the result then.")] = None,
     batch_norm: Annotated[str, typer.Option(help=", ".join(BATCH_NORMS))] = AlignConfig.batch_norm,
     precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS))] = AlignConfig.precision,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="The layout of weights and images.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="The source's pass by torch.compile.")] = False,
+    perturb: Annotated[str | None, typer.Option(help="Align on images after this attack, a name of --list.")] = None,
+    perturb_param: Annotated[
+        list[str] | None, typer.Option(help="A parameter of that attack as NAME=VALUE; repeat.")
+    ] = None,
     crop_scale: Annotated[float, typer.Option(help="Least area of the random crops, in (0, 1].")] = 0.08,
+    fixed_views: Annotated[bool, typer.Option("--fixed-views", help="The same crops in every pass.")] = False,
+    witness_cache: Annotated[
+        Path | None, typer.Option(help="A folder that keeps the witnesses' logits, with --fixed-views.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help=f"Images that are not trained on, for a check. {DATA_HELP}")
+    ] = None,
+    check_every: Annotated[int, typer.Option(help="Steps between two checks.")] = AlignConfig.check_every,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many checks without a better one.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between two snapshots of the run.")] = 500,
+    checkpoint_minutes: Annotated[float | None, typer.Option(help="And the time between two.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last snapshot in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars to --out/tensorboard too.")] = False,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -181,19 +239,32 @@ def align_command(
     """Fine-tune a source toward witnesses: aligned.safetensors, history.jsonl and config.json."""
     settings: dict[str, Any] = {
         "temperature": temperature,
+        "loss": loss,
         "direction": direction,
         "combine": combine,
+        "embeddings": tuple(map(_embedding, embedding or [])),
+        "source_layer": source_layer,
+        "witness_layer": witness_layer,
         "lambda_cls": lambda_cls,
+        "lambda_self": lambda_self,
         "optimizer": optimizer,
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
         "nesterov": momentum > 0,
+        "schedule": schedule,
+        "warmup": warmup,
         "epochs": epochs,
         "steps": steps,
+        "accumulate": accumulate,
         "clip_norm": clip_norm,
+        "ema": ema,
         "precision": precision,
+        "channels_last": channels_last,
+        "compile": compile_,
         "batch_norm": batch_norm,
+        "check_every": check_every,
+        "patience": patience,
         "seed": seed,
     }
     config = AlignConfig(**settings)
@@ -202,17 +273,24 @@ def align_command(
         raise ValueError(
             f"witness-checkpoint: got {len(checkpoints)}; allowed is none or one a witness, {len(witness)}"
         )
+    if witness_cache is not None and not fixed_views:
+        raise ValueError("witness-cache: got one without --fixed-views; allowed with it only")
+    attacked = None if perturb is None else attack_spec("perturb", {"name": perturb} | _parameters(perturb_param or []))
     place = check_device(device)
     dataset = load_dataset(data, num_classes=num_classes)
-    _verify(dataset)
+    on_main(lambda: _verify(dataset))
     model = trained_model(source, source_checkpoint, num_classes).to(place)
     witnesses = [
         trained_model(spec, checkpoint, num_classes).to(place)
         for spec, checkpoint in zip(witness, checkpoints or [None] * len(witness), strict=True)
     ]
-    views = augmented(dataset, _side(model, source), scale=(crop_scale, 1.0), seed=seed)
+    side = _side(model, source)
+    views = augmented(dataset, side, scale=(crop_scale, 1.0), seed=seed, fixed=fixed_views)
     # A last smaller batch would weigh its images more; it is kept only where it is all there is.
     batches = loader(views, batch_size, shuffle=True, seed=seed, workers=workers, drop_last=len(dataset) >= batch_size)
+    shown = {
+        name: _plain(spec, side, model.num_classes, batch_size) for name, spec in (("data", data), ("held", held_out))
+    }
     run_with = {
         "command": "align",
         "source": source,
@@ -220,21 +298,55 @@ def align_command(
         "source_checkpoint": _text(source_checkpoint),
         "witness_checkpoint": [str(path) for path in checkpoints],
         "data": data,
+        "held_out": held_out,
         "num_classes": num_classes,
         "batch_size": batch_size,
         "crop_scale": crop_scale,
+        "fixed_views": fixed_views,
+        "perturb": attacked,
         **asdict(config),
+        "embeddings": [repr(one) for one in config.embeddings],
         "versions": package_versions(),
     }
-    folder = claim_folder(out, run_with)
-    result = align(model, witnesses, batches, config, in_place=True, progress=True)
-    write_text(folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in result.history))
+    folder = on_main(lambda: claim_folder(out, run_with, resume=resume))
+    logs: list[Log] = [JsonLines(folder / "history.jsonl")]
+    logs += [TensorBoard(folder / "tensorboard")] if tensorboard else []
+    with ExitStack() as stack:
+        cache = None
+        if witness_cache is not None:
+            key = witness_key(witnesses, f"{data} {side} {crop_scale}", seed, precision)
+            count, classes = len(dataset), model.num_classes or len(model.logits(shown["data"][0].images[:1])[0])
+            cache = WitnessCache(witness_cache, key, count, (len(witnesses), classes), current().rank)
+            stack.enter_context(cache)
+        result = align(
+            model,
+            witnesses,
+            batches,
+            config,
+            in_place=True,
+            held_out=shown["held"] or None,
+            clean=shown["held"] or shown["data"],
+            perturb=None if attacked is None else lambda one: create(source=one, **attacked),
+            cache=cache,
+            snapshots=Snapshots(folder / "snapshots", checkpoint_every, checkpoint_minutes),
+            resume=resume,
+            logs=logs,
+            progress=True,
+        )
+    if current().rank > 0:
+        return
     save_checkpoint(result.model, folder / "aligned.safetensors", {"source": source, "witness": ", ".join(witness)})
+    write_json(folder / "clean.json", asdict(result.clean))
     first, last = result.history[0], result.history[-1]
     print(f"loss {first['loss']:.4f} -> {last['loss']:.4f} in {last['step']} steps; {folder / 'aligned.safetensors'}")
+    seen = "held-out images" if held_out is not None else "of the images that it was trained on"
+    print(
+        f"clean accuracy {100 * result.clean.before:.1f} -> {100 * result.clean.after:.1f} % on {result.clean.n} {seen}"
+    )
 
 
 @app.command("attack")
+@by_ranks
 def attack_command(
     model: Annotated[str, typer.Option(help=f"The source. {MODEL_HELP}")],
     attack: Annotated[str, typer.Option(help='A name of --list, or several combined as in "dim+tim+sim+vmifgsm".')],
@@ -267,10 +379,10 @@ def attack_command(
     if targeted and dataset.targets is None:
         raise ValueError(f"targeted: {data} lists no targeted labels; allowed is a labels.csv with targeted_label")
     subset = _spread(dataset, limit)
-    _verify(dataset)
+    on_main(lambda: _verify(dataset))
     spec = parameters_of(spec["name"]) | spec
     run_with = {"command": "attack", "model": model, "checkpoint": _text(checkpoint), "data": data, "attack": spec}
-    folder = claim_folder(out, run_with | {"limit": limit, "versions": package_versions()})
+    folder = on_main(lambda: claim_folder(out, run_with | {"limit": limit, "versions": package_versions()}))
     manifest = Manifest(
         attack=spec["name"],
         parameters={"model": model, "checkpoint": _text(checkpoint), **spec},
@@ -281,10 +393,11 @@ def attack_command(
         data=data,
         num_classes=source.num_classes,
     )
-    batches = loader(subset, batch_size, workers=workers)
+    ranks = current()
+    batches = loader(subset, batch_size, workers=workers).deal(ranks.rank, ranks.world)
     with (
         AdversarialWriter(folder, manifest, dataset.filenames) as writer,
-        progress(spec["name"], len(subset), "images") as advance,
+        progress(spec["name"], batches.images, "images", shown=ranks.rank == 0) as advance,
     ):
         for images, labels, indices in batches:
             aims = None if dataset.targets is None else dataset.targets[indices]
@@ -292,7 +405,8 @@ def attack_command(
             adversarial = engine(images.to(place), wanted.to(place), indices=indices.to(place)).cpu()
             writer.add(quantise(adversarial, eight_bit(images), engine.eps, engine.step.norm), labels, indices, aims)
             advance(len(images), "")
-    print(f"{len(subset)} images in {folder}")
+    if ranks.rank == 0:
+        print(f"{len(subset)} images in {folder}")
 
 
 @app.command("evaluate")
@@ -331,6 +445,7 @@ def evaluate_command(
 
 
 @app.command("transfer")
+@by_ranks
 def transfer_command(
     config: Annotated[Path, typer.Option(help="A YAML file with data, sources, targets and attacks.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder, or that of the same matrix, to go on with it.")],
@@ -347,10 +462,10 @@ def transfer_command(
     first = next(iter(models["sources"].values()))
     dataset = load_dataset(settings.data, image_size=_side(first, "sources"), num_classes=first.num_classes)
     subset = _spread(dataset, settings.limit)
-    _verify(dataset)
+    on_main(lambda: _verify(dataset))
     prints = {role: {name: fingerprint(model) for name, model in group.items()} for role, group in models.items()}
     run_with = {"command": "transfer", **asdict(settings), "fingerprints": prints, "versions": package_versions()}
-    folder = claim_folder(out, run_with, resume=True)
+    folder = on_main(lambda: claim_folder(out, run_with, resume=True))
     matrix = transfer_matrix(
         models["sources"],
         models["targets"],
@@ -361,7 +476,18 @@ def transfer_command(
         parts=folder / "parts",
         progress=True,
     )
-    _finish(matrix, folder, f"Transfer on {settings.data}")
+    if current().rank == 0:
+        _finish(matrix, folder, f"Transfer on {settings.data}")
+
+
+@app.command(
+    "reproduce", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def reproduce_command(context: typer.Context) -> None:
+    """The paper's authors' own main.py arguments: align, save, and measure errors and transfer by their protocol."""
+    from alignfast.compat.reproduce import reproduce
+
+    reproduce(context.args)
 
 
 app.command("bench")(bench_command)
@@ -412,6 +538,28 @@ def _parameters(pairs: list[str]) -> dict[str, str]:
             raise ValueError(f"param: got {pair!r}; allowed is NAME=VALUE")
         parameters[name] = value
     return parameters
+
+
+def _embedding(given: str) -> EmbeddingLoss:
+    """NAME or NAME=WEIGHT."""
+    name, equals, weight = given.partition("=")
+    loss = EMBEDDINGS[check_choice("embedding", name, EMBEDDINGS)]
+    if not equals:
+        return loss
+    try:
+        return replace(loss, weight=float(weight))
+    except ValueError as error:
+        raise ValueError(
+            f"embedding: got {given!r}; allowed is NAME or NAME=WEIGHT with a weight of at least 0"
+        ) from error
+
+
+def _plain(spec: str | None, side: tuple[int, int], classes: int | None, batch_size: int) -> list[Batch]:
+    """Some images of a data set as they are, for measuring."""
+    if spec is None:
+        return []
+    dataset = load_dataset(spec, image_size=side, num_classes=classes)
+    return list(loader(_spread(dataset, MOST_SHOWN), batch_size))
 
 
 def _spread(dataset: ImageDataset, limit: int | None) -> ImageDataset | Subset[Any]:

@@ -2,5 +2,6 @@
 
 from alignfast.alignment.config import AlignConfig
 from alignfast.alignment.loop import AlignResult, align
+from alignfast.alignment.snapshots import Snapshots
 
-__all__ = ["AlignConfig", "AlignResult", "align"]
+__all__ = ["AlignConfig", "AlignResult", "Snapshots", "align"]

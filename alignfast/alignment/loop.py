@@ -5,37 +5,52 @@ from __future__ import annotations
 import copy
 import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+import torch.distributed as dist
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
+from alignfast.alignment.cache import WitnessCache
 from alignfast.alignment.config import AlignConfig
+from alignfast.alignment.held_out import MOST_CLEAN, CleanAccuracy, accuracy, device_of, of_this_rank
+from alignfast.alignment.logs import Log
+from alignfast.alignment.run import Run
+from alignfast.alignment.snapshots import Snapshots
+from alignfast.alignment.stream import Stream, keeping_generators
+from alignfast.alignment.terms import Perturb, terms_of
 from alignfast.checks import check_images, check_labels
-from alignfast.data import Batch, as_batches
-from alignfast.models import Classifier, as_classifier, evaluating, fit_size, keeping_modes, save_checkpoint
-from alignfast.ops import kl_div_with_logits
+from alignfast.data import Batch, Loader, as_batches
+from alignfast.data.loading import is_stream
+from alignfast.data.views import stream_seed
+from alignfast.distributed import Ranks, any_rank, barrier, current, main
+from alignfast.models import Classifier, as_classifier, evaluating, fingerprint, keeping_modes, save_checkpoint
 from alignfast.progress import progress as show_progress
 
-# How often the losses are brought to the host: between these steps nothing waits for the device.
-STEPS_BETWEEN_READINGS = 10
+# Batches over which batch-norm statistics are taken anew.
+RECALIBRATION = 100
 
 
 @dataclass(frozen=True)
 class AlignResult:
-    """model: the aligned source, in evaluation mode. history: one entry a step, with step (from 1), lr, loss, kd and
-    cls (the two terms unweighted; cls is None where labels are not read) and grad_norm (before clipping)."""
+    """model: the aligned source, in evaluation mode. history: one entry a step, with step (from 1), lr, loss, the
+    terms (unweighted; kd and cls are None where they are not computed) and grad_norm (before clipping); where it was
+    measured, held_out_kd and gradient_cosine. clean: accuracy before and after."""
 
     model: Classifier
     history: list[dict[str, Any]]
     config: AlignConfig
+    clean: CleanAccuracy
 
 
 def align(
@@ -46,6 +61,13 @@ def align(
     *,
     in_place: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    held_out: Iterable[Any] | None = None,
+    clean: Iterable[Any] | None = None,
+    perturb: Perturb | None = None,
+    cache: WitnessCache | None = None,
+    snapshots: Snapshots | None = None,
+    resume: bool = False,
+    logs: Sequence[Log] = (),
     progress: bool = False,
 ) -> AlignResult:
     """Fine-tune `source` so that its predictions match those of `witness` (Ma et al., ECCV 2024, section 3).
@@ -59,29 +81,68 @@ def align(
         config: the recipe; the paper's if None.
         in_place: align `source` itself; otherwise a copy is aligned and `source` stays as it is.
         checkpoint: also write the aligned weights to this .safetensors file, whole or not at all.
+        held_out: batches as of `loader`, which are not trained on, for a stand-in for transfer, see `Proxy`.
+        clean: batches as of `loader`, for clean accuracy; None for `held_out`, or else the first images trained on.
+        perturb: from the model that is aligned, an attack on it whose adversarial images are trained on, such as
+            `functools.partial(alignfast.attacks.PGD, eps=4/255, alpha=1/255, steps=3)`.
+        cache: keeps the witnesses' logits on disk, by data-set index, for a loader that shows the same view of an image
+            in every pass; without `perturb`.
+        snapshots: where and how often the state of the run is written. On SIGTERM it is written after the step, and the
+            process exits with 0.
+        resume: go on from the newest whole snapshot, if there is one; the final weights are those of a run that was
+            not interrupted, on the CPU to the last bit.
+        logs: are told of every step.
         progress: show progress on standard error.
+
+    Among several processes (torchrun, `alignfast.distributed`), each takes its part of every batch of an `alignfast`
+    loader, whose batch_size is that of all together; other loaders give each its own. A step is then that of one
+    process with the whole batch, but for what is of the batch: its statistics, and embedding losses, which compare the
+    images of one process. Rank 0 alone writes and shows.
 
     Returns:
         The aligned model, on the device of the source, with the history of the run.
 
     Raises:
         ValueError: witnesses of other classes, images outside [0, 1] or of another size, a loader without images, a
-            source without trainable parameters. FloatingPointError: a loss that is not finite; the source passed in
-            is then unchanged unless `in_place`.
+            source without trainable parameters, `resume` without snapshots or with one of another run.
+            FloatingPointError: a loss that is not finite; the source passed in is then unchanged unless `in_place`,
+            and so are the snapshots.
     """
     config = config or AlignConfig()
     witnesses = [as_classifier(model) for model in (witness if isinstance(witness, Sequence) else [witness])]
     model = as_classifier(source)
     if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
         raise ValueError(f"checkpoint: got {checkpoint}; allowed is a .safetensors file")
-    _check_models(model, witnesses)
-    if not in_place:
-        model = copy.deepcopy(model)
-    history = fit(model, witnesses, loader, config, progress=progress)
+    if resume and snapshots is None:
+        raise ValueError("resume: got True without snapshots; allowed with the snapshots of the run only")
+    _check_models(model, witnesses, loader, config)
+    if cache is not None and (perturb is not None or config.embeddings):
+        raise ValueError("cache: got one with perturbed images or embeddings; allowed with neither")
+    _check_held_out(held_out, config)
+    kept = list(as_batches(held_out)) if held_out is not None else []
+    measured = list(as_batches(clean)) if clean is not None else list(kept)
+    first: list[Batch] = []
+    original, model = (model, copy.deepcopy(model)) if not in_place else (copy.deepcopy(model), model)
+    history = fit(
+        model,
+        witnesses,
+        loader,
+        config,
+        progress=progress,
+        held_out=kept,
+        perturb=perturb,
+        cache=cache,
+        snapshots=snapshots,
+        resume=resume,
+        logs=logs,
+        first=first,
+    )
     model.eval()
-    if checkpoint is not None:
+    images = of_this_rank(measured) or first
+    (before, count), (after, _) = accuracy(original, images), accuracy(model, images)
+    if checkpoint is not None and main():
         save_checkpoint(model, checkpoint, {"alignfast.config": repr(asdict(config))})
-    return AlignResult(model, history, config)
+    return AlignResult(model, history, config, CleanAccuracy(before, after, count, bool(measured)))
 
 
 def fit(
@@ -92,110 +153,131 @@ def fit(
     *,
     progress: bool = False,
     after: Callable[[int], None] | None = None,
+    held_out: Sequence[Batch] = (),
+    perturb: Perturb | None = None,
+    cache: WitnessCache | None = None,
+    snapshots: Snapshots | None = None,
+    resume: bool = False,
+    logs: Sequence[Log] = (),
+    first: list[Batch] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place, as `align` does, and leave its modes and the global generators as they were.
 
     witnesses: none where config.lambda_kd is 0. after: called with the number of each step, from 1, when it is done.
+    first: takes the first batches, of a few hundred images.
     """
-    with torch.random.fork_rng(devices=_cuda_devices(model)), evaluating(*witnesses), _training(model, config):
+    total, ranks = total_steps(loader, config), current()
+    loader = _of_rank(loader, ranks)
+    named = {"source": fingerprint(model), "witnesses": [fingerprint(one) for one in witnesses], "steps": total}
+    named |= {"config": repr(config), "ranks": ranks.world}
+    state = snapshots.latest(named) if snapshots is not None and resume else None
+    with (
+        keeping_generators(_cuda_devices(model)),
+        evaluating(*witnesses),
+        _training(model, config),
+        show_progress("align", total, "steps", shown=progress and ranks.rank == 0) as advance,
+    ):
         torch.manual_seed(config.seed)
-        return _fit(model, witnesses, loader, config, progress, after)
+        stream = Stream(loader)
+        batches = iter(stream) if state is None else stream.go_to(state["positions"][ranks.rank])
+        example = next(batches, None)
+        if example is None:
+            raise ValueError("loader: holds no batch; allowed is a loader with at least one image")
+        example = _moved(example, device_of(model))
+        _check_batch(model, example, config)
+        batches = chain([example], batches)
+        if first is not None:
+            batches = _keeping(batches, first)
+        with terms_of(model, witnesses, config, example.images, perturb, cache) as terms, ExitStack() as closing:
+            if ranks.world > 1:
+                terms.spread()
+                torch.manual_seed(stream_seed("rank", config.seed, ranks.rank))
+            elif config.compile:
+                terms.compile()
+            run = Run(terms, stream, config, total, witnesses, held_out)
+            if state is not None:
+                run.load(state)
+            logs = logs if ranks.rank == 0 else ()
+            for log in logs:
+                log.begin(run.history)
+                closing.callback(log.close)
+            promised = total_batches(loader, config)
+            _steps(run, batches, promised, snapshots, named, logs, advance, after)
+            run.finish()
+            if config.batch_norm == "recalibrate":
+                _recalibrate(model, loader)
+    return run.history
 
 
-def _fit(
-    model: Classifier,
-    witnesses: Sequence[Classifier],
-    loader: Iterable[Any],
-    config: AlignConfig,
-    shown: bool,
+def _steps(
+    run: Run,
+    batches: Iterator[Batch],
+    promised: int,
+    snapshots: Snapshots | None,
+    named: dict[str, Any],
+    logs: Sequence[Log],
+    advance: Callable[[int, str], None],
     after: Callable[[int], None] | None,
-) -> list[dict[str, Any]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(parameters, config)
-    total = total_steps(loader, config)
-    schedule = _schedule(optimizer, total, config)
-    device = parameters[0].device
-    pending: list[dict[str, Any]] = []
-    history: list[dict[str, Any]] = []
-    with show_progress("align", total, "steps", shown=shown) as advance:
-        for step, batch in enumerate(islice(_passes(loader), total), 1):
-            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-            if step == 1:
-                _check_batch(model, images, labels, config)
-            optimizer.zero_grad(set_to_none=True)
-            terms = _losses(model, witnesses, images, labels, config)
-            terms["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-            pending.append({"step": step, "lr": optimizer.param_groups[0]["lr"], **terms, "grad_norm": norm})
-            optimizer.step()
-            schedule.step()
+) -> None:
+    written = began = time.monotonic()
+    images, ending = 0, False
+    advance(run.step, "")
+    with terminating(snapshots is not None) as told:
+        while run.step < run.total and not run.stopped:
+            given = run.step * run.config.accumulate
+            wanted = min(run.config.accumulate, promised - given)
+            group = [_moved(batch, run.device) for batch in islice(batches, wanted)]
+            if len(group) < wanted:
+                raise ValueError(
+                    f"loader: gave {given + len(group)} batches; allowed is the {promised} that it promised"
+                )
+            run.take(group)
+            images += sum(len(batch.images) for batch in group)
             if after is not None:
-                after(step)
-            if step % STEPS_BETWEEN_READINGS == 0 or step == total:
-                history += _read(pending)
-                advance(len(pending), f"loss {history[-1]['loss']:.4f}")
-                pending.clear()
-    if len(history) < total:
-        raise ValueError(f"loader: gave {len(history) + len(pending)} batches; allowed is the {total} that it promised")
-    return history
+                after(run.step)
+            due = snapshots is not None and snapshots.due(run.step)
+            if snapshots is not None and run.readable:
+                # Ranks have clocks of their own, and are told to end one after another.
+                ending = any_rank(told.is_set())
+                due = due or ending or any_rank(snapshots.overdue(written))
+            if run.readable or due:
+                entries = run.read()
+                rate = images / (time.monotonic() - began)
+                for log in logs:
+                    log.add(entries, rate)
+                advance(len(entries), f"loss {entries[-1]['loss']:.4f}, {rate:.0f} images/s")
+            if snapshots is not None and due:
+                state = run.state(named)
+                if run.ranks.rank == 0:
+                    snapshots.write(run.step, state)
+                barrier()
+                written = time.monotonic()
+            if ending:
+                raise SystemExit(0)
 
 
-def _optimizer(parameters: list[nn.Parameter], config: AlignConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, total: int, config: AlignConfig
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if config.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-
-
-def _losses(
-    model: Classifier, witnesses: Sequence[Classifier], images: Tensor, labels: Tensor, config: AlignConfig
-) -> dict[str, Tensor]:
-    """The weighted loss and its terms; a term of weight 0 is not computed."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = model.logits(images)
-        with torch.no_grad():
-            taught = [witness.logits(fit_size(images, witness)) for witness in witnesses] if config.lambda_kd else []
-    terms: dict[str, Tensor] = {}
-    if config.lambda_kd:
-        teacher = torch.stack(taught) if len(taught) > 1 else taught[0]
-        terms["kd"] = kl_div_with_logits(
-            logits, teacher, config.temperature, config.direction, "batchmean", config.combine
-        )
-    if config.lambda_cls:
-        terms["cls"] = cross_entropy(logits.float(), labels)
-    weights = {"kd": config.lambda_kd, "cls": config.lambda_cls}
-    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-    return {"loss": loss, **terms}
-
-
-def _passes(loader: Iterable[Any]) -> Iterator[Batch]:
-    """Pass after pass over the loader, for ever; stops where a pass is empty."""
-    epoch = 0
-    while True:
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        empty = True
-        for batch in as_batches(loader):
-            empty = False
-            yield batch
-        if empty:
-            return
-        epoch += 1
+@contextmanager
+def terminating(handled: bool) -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process, where it is handled and this is the main thread."""
+    told = threading.Event()
+    if not handled or threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def total_steps(loader: Iterable[Any], config: AlignConfig) -> int:
     """Of a run; ValueError where they cannot be told or there are none."""
+    return math.ceil(total_batches(loader, config) / config.accumulate)
+
+
+def total_batches(loader: Iterable[Any], config: AlignConfig) -> int:
     if config.steps is not None:
-        return config.steps
+        return config.steps * config.accumulate
     try:
         batches = len(loader)  # type: ignore[arg-type]
     except TypeError as error:
@@ -205,33 +287,66 @@ def total_steps(loader: Iterable[Any], config: AlignConfig) -> int:
     return batches * config.epochs
 
 
-def _read(pending: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    entries = []
-    for record in pending:
-        entry: dict[str, Any] = {"cls": None, "kd": None}
-        entry |= {name: float(v.detach()) if isinstance(v, Tensor) else v for name, v in record.items()}
-        if not math.isfinite(entry["loss"]):
-            raise FloatingPointError(
-                f"loss: {entry['loss']} at step {entry['step']} of learning rate {entry['lr']:.3g}; "
-                "a lower lr or clip_norm may help"
-            )
-        entries.append(entry)
-    return entries
-
-
 @contextmanager
 def _training(model: Classifier, config: AlignConfig) -> Iterator[None]:
-    """Training mode, with batch-norm layers in evaluation mode where their statistics are frozen."""
+    """Training mode and the layout of the run, with batch-norm layers in evaluation mode where their statistics are
+    frozen."""
+    layout = model.memory_format
     with keeping_modes(model):
         model.train()
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+            model.memory_format = torch.channels_last
         if config.batch_norm == "freeze":
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-        yield
+        try:
+            yield
+        finally:
+            model.memory_format = layout
 
 
-def _check_models(model: Classifier, witnesses: list[Classifier]) -> None:
+def _recalibrate(model: Classifier, loader: Iterable[Any]) -> None:
+    """Batch-norm statistics anew, as plain means over some batches of the first pass."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(0)
+    batches = ([batch.images] for batch in islice(as_batches(loader), RECALIBRATION))
+    update_bn(batches, model, device=device_of(model))
+    if current().world > 1:
+        # Of the images of rank 0, since each has seen others.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _keeping(batches: Iterator[Batch], first: list[Batch]) -> Iterator[Batch]:
+    """The same, the first of which, up to some number of images, are added to `first`."""
+    count = 0
+    for batch in batches:
+        if count < MOST_CLEAN:
+            first.append(batch)
+            count += len(batch.images)
+        yield batch
+
+
+def _of_rank(loader: Iterable[Any], ranks: Ranks) -> Iterable[Any]:
+    """The part of this rank; a loader that is not of this package has been divided by who made it."""
+    if ranks.world == 1 or not isinstance(loader, Loader):
+        return loader
+    rest = 0 if is_stream(loader.dataset) else len(loader.dataset) % loader.batch_size
+    if loader.batch_size < ranks.world or (0 < rest < ranks.world and not loader._drop_last):
+        raise ValueError(
+            f"loader: has batches of {loader.batch_size} images and a last one of {rest} for {ranks.world} ranks; "
+            "allowed is at least one image for each (drop_last leaves the last one out)"
+        )
+    return loader.shard(ranks.rank, ranks.world)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def _check_models(model: Classifier, witnesses: list[Classifier], loader: Iterable[Any], config: AlignConfig) -> None:
     if not witnesses:
         raise ValueError("witness: got none; allowed is at least one model")
     for witness in witnesses:
@@ -240,17 +355,26 @@ def _check_models(model: Classifier, witnesses: list[Classifier]) -> None:
             raise ValueError(
                 f"witness: has {witness.num_classes} classes; allowed is that of the source, {model.num_classes}"
             )
+    if config.batch_norm == "synchronise" and device_of(model).type == "cpu":
+        raise ValueError("batch_norm: got 'synchronise' on the CPU; allowed there is move, freeze or recalibrate")
+    if config.batch_norm == "recalibrate" and isinstance(loader, Iterator):
+        raise ValueError("batch_norm: got 'recalibrate' with an iterator; allowed with a loader that can be read again")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("source: has no parameter that requires a gradient; allowed is a source that can be trained")
 
 
-def _check_batch(model: Classifier, images: Tensor, labels: Tensor, config: AlignConfig) -> None:
-    if len(images) == 0:
+def _check_held_out(held_out: Iterable[Any] | None, config: AlignConfig) -> None:
+    if held_out is None and config.patience is not None:
+        raise ValueError("patience: got a number without held_out images; allowed is None then")
+
+
+def _check_batch(model: Classifier, batch: Batch, config: AlignConfig) -> None:
+    if len(batch.images) == 0:
         raise ValueError("loader: its first batch is empty; allowed are batches with at least one image")
-    check_images("loader's images", images)
-    model.check_shape(images)
-    if config.lambda_cls:
-        check_labels("loader's labels", labels, len(images), model.num_classes)
+    check_images("loader's images", batch.images)
+    model.check_shape(batch.images)
+    if config.lambda_cls or any(loss.needs_labels for loss in config.embeddings):
+        check_labels("loader's labels", batch.labels, len(batch.images), model.num_classes)
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -3,6 +3,7 @@
 from alignfast.models.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from alignfast.models.classifier import Classifier, as_classifier, evaluating, fit_size, keeping_modes
 from alignfast.models.ensemble import Ensemble
+from alignfast.models.folding import fold_batch_norm, folded
 from alignfast.models.loading import load_model
 from alignfast.models.preparation import prepare
 
@@ -13,6 +14,8 @@ __all__ = [
     "evaluating",
     "fingerprint",
     "fit_size",
+    "fold_batch_norm",
+    "folded",
     "keeping_modes",
     "load_checkpoint",
     "load_model",

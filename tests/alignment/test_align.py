@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,22 +170,24 @@ def test_running_statistics(mode: Any) -> None:
         assert (getattr(after, name) - getattr(before, name)).abs().max() > 1e-4
 
 
-def test_bf16_is_autocast() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_autocast(precision: Any) -> None:
+    """Of the source; witnesses have weights in half precision."""
     source, witness = classifier(0), classifier(11)
-    seen: set[tuple[str, torch.dtype]] = set()
-    for role, model in (("source", source), ("witness", witness)):
-        for layer in (model.module[0], model.module[5]):
-            layer.register_forward_hook(lambda _, __, output, role=role: seen.add((role, output.dtype)))
-    result = align(source, witness, batches(), config_of(precision="bf16"))
-    assert seen == {("source", torch.bfloat16), ("witness", torch.bfloat16)}
+    seen: list[torch.dtype] = []
+    for layer in (source.module[0], source.module[5]):
+        layer.register_forward_hook(lambda _, __, output: seen.append(output.dtype) if _.training else None)
+    result = align(source, witness, batches(), config_of(precision=precision))
+    assert seen == [getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])] * 2 * STEPS
     assert {tensor.dtype for tensor in result.model.parameters()} == {torch.float32}
     assert {tensor.dtype for tensor in source.parameters()} == {torch.float32}
+    assert all(math.isfinite(entry["loss"]) for entry in result.history)
     full = align(classifier(0), witness, batches(), config_of())
     gap = distance(result.model, full.model)
     assert 0 < gap < 0.1
     seen.clear()
     align(source, witness, batches(2), config_of())
-    assert seen == {("source", torch.float32), ("witness", torch.float32)}
+    assert seen == [torch.float32] * 4
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -333,7 +336,8 @@ def test_a_witness_of_another_size_sees_the_images_resized() -> None:
     data = batches(2)
     align(classifier(0), [witness, classifier(12)], data, config_of())
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    for shown, (images, _) in zip(seen, data, strict=True):
+    # Behind the few images on which folding is verified.
+    for shown, (images, _) in zip([one for one in seen if len(one) == BATCH], data, strict=True):
         assert shown.shape == (BATCH, 3, 4, 4)
         torch.testing.assert_close(shown, (fit_size(images, witness) - mean) / std)
 
@@ -449,7 +453,9 @@ def test_a_loss_that_is_not_finite(poisoned: int, size: int, tmp_path: Path) -> 
         data[poisoned - 1][0][0, 0, 0, 0] = math.nan
     states = copy.deepcopy(source.state_dict())
     path = tmp_path / "aligned.safetensors"
-    with pytest.raises(FloatingPointError, match=rf"loss: nan at step {poisoned} of learning rate"):
+    with pytest.raises(
+        FloatingPointError, match=rf"loss: nan at step {poisoned}, batch {poisoned} of pass 1, of learning rate"
+    ):
         align(source, classifier(11), data, config_of(), checkpoint=path)
     for name, value in source.state_dict().items():
         assert torch.equal(value.nan_to_num(9.0), states[name].nan_to_num(9.0)), name
@@ -465,7 +471,7 @@ def test_a_loss_that_is_not_finite(poisoned: int, size: int, tmp_path: Path) -> 
         ({"combine": "sum"}, "combine: got 'sum'"),
         ({"lambda_kd": -1.0}, "lambda_kd: got -1.0"),
         ({"lambda_cls": -0.1}, "lambda_cls: got -0.1"),
-        ({"lambda_kd": 0.0}, "lambda_kd, lambda_cls: got 0 for both"),
+        ({"lambda_kd": 0.0}, "lambda_kd, lambda_cls, lambda_self: got 0 for all"),
         ({"lr": 0.0}, "lr: got 0.0"),
         ({"lr": -1e-3}, "lr: got -0.001"),
         ({"lr": math.nan}, "lr: got nan"),
@@ -478,7 +484,15 @@ def test_a_loss_that_is_not_finite(poisoned: int, size: int, tmp_path: Path) -> 
         ({"steps": 0}, "steps: got 0"),
         ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
         ({"clip_norm": -1.0}, "clip_norm: got -1.0"),
-        ({"precision": "fp16"}, "precision: got 'fp16'"),
+        ({"precision": "fp8"}, "precision: got 'fp8'"),
+        ({"loss": "ce"}, "loss: got 'ce'"),
+        ({"lambda_self": -1.0}, "lambda_self: got -1.0"),
+        ({"accumulate": 0}, "accumulate: got 0"),
+        ({"warmup": -1}, "warmup: got -1"),
+        ({"ema": 1.5}, "ema: got 1.5"),
+        ({"patience": 0}, "patience: got 0"),
+        ({"check_every": 0}, "check_every: got 0"),
+        ({"embeddings": ("rkd",)}, "embeddings: got 'rkd'; allowed are losses such as"),
         ({"schedule": "step"}, "schedule: got 'step'"),
         ({"batch_norm": "eval"}, "batch_norm: got 'eval'"),
         ({"seed": -1}, "seed: got -1"),
@@ -501,7 +515,7 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("align: 3/3 steps, ")
-    assert captured.err.endswith(f"loss {result.history[-1]['loss']:.4f}\n")
+    assert re.search(rf"loss {result.history[-1]['loss']:.4f}, \d+ images/s\n$", captured.err)
     align(classifier(0), classifier(11), batches(3), config_of())
     assert capsys.readouterr() == ("", "")
 

@@ -1,0 +1,87 @@
+"""Losses between predictions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignfast.checks import check_choice, check_number, check_shape
+from alignfast.ops import kl_div_with_logits
+from alignfast.ops.kl_div_with_logits import Combine, Direction
+from alignfast.reference.kl_div_with_logits import LOWEST_LOGIT
+
+__all__ = ["OUTPUTS", "Output", "output_loss"]
+
+Output = Literal["kl", "mse", "l1"]
+OUTPUTS: tuple[Output, ...] = ("kl", "mse", "l1")
+
+
+def output_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: Output = "kl",
+    temperature: float = 4.0,
+    direction: Direction = "forward",
+    combine: Combine = "mean",
+) -> Tensor:
+    """How far q = softmax(student / T) is from p = softmax(teacher / T), mean over the batch (Ma et al., ECCV 2024).
+
+    "kl" is `kl_div_with_logits`, the paper's loss, with its factor T^2. "mse" is sum_c (q_c - p_c)^2 and "l1" the total
+    variation, sum_c |q_c - p_c| / 2, which lies in [0, 1]; neither has a factor of T, as in the authors' code. That
+    code takes both of the logits themselves, without softmax and temperature, and the mean over classes instead of the
+    sum, so its numbers are on another scale: those of logits, divided by C (and for "l1" not halved). Its symmetric
+    divergence is KL(p || q) + KL(q || p) at T = 1: twice "kl" with direction "symmetric".
+
+    Gradient flows to the student only. Logits below -1e5, -inf (masked classes) included, count as -1e5.
+
+    Args:
+        student: [N, C] logits, any floating dtype; computed in float32, or in float64 if given so.
+        teacher: [N, C] logits, or [W, N, C] of W witnesses.
+        temperature: T, greater than 0. direction: of "kl" only.
+        combine: over witnesses, per sample: "mean", "max" or "min".
+
+    Returns:
+        A scalar, 0 for an empty batch; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, or an argument outside what is allowed.
+    """
+    check_choice("kind", kind, OUTPUTS)
+    if kind == "kl":
+        return kl_div_with_logits(student, teacher, temperature, direction, "batchmean", combine)
+    _check(student, teacher, temperature, direction, combine)
+    apart = _probabilities(student, temperature) - _probabilities(teacher.detach(), temperature)
+    losses = apart.square().sum(-1) if kind == "mse" else apart.abs().sum(-1) / 2
+    if teacher.ndim == 3:
+        losses = _combined(losses, combine)
+    return losses.sum() / max(len(losses), 1)
+
+
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return (wide.clamp(min=LOWEST_LOGIT) / temperature).softmax(-1)
+
+
+def _combined(losses: Tensor, combine: Combine) -> Tensor:
+    """[N], from [W, N]"""
+    if combine == "mean":
+        return losses.mean(0)
+    return losses.amax(0) if combine == "max" else losses.amin(0)
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float, direction: str, combine: str) -> None:
+    check_shape("student", student.shape, (None, None))
+    check_shape("teacher", teacher.shape, (None, *student.shape) if teacher.ndim == 3 else student.shape)
+    if teacher.ndim == 3 and len(teacher) == 0:
+        raise ValueError("teacher: got no witness; allowed is at least one")
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not logits.is_floating_point():
+            raise ValueError(f"{name}: got dtype {logits.dtype}; allowed is a floating-point tensor")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: on {teacher.device}; allowed is the device of student, {student.device}")
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_choice("direction", direction, ("forward", "reverse", "symmetric", "jsd"))
+    check_choice("combine", combine, ("mean", "max", "min"))
