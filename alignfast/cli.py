@@ -335,7 +335,9 @@ def align_command(
         )
     if current().rank > 0:
         return
-    save_checkpoint(result.model, folder / "aligned.safetensors", {"source": source, "witness": ", ".join(witness)})
+    # One entry, since the format keeps several in any order, and equal runs should leave equal files.
+    made_of = json.dumps({"source": source, "witness": witness})
+    save_checkpoint(result.model, folder / "aligned.safetensors", {"alignfast": made_of})
     write_json(folder / "clean.json", asdict(result.clean))
     first, last = result.history[0], result.history[-1]
     print(f"loss {first['loss']:.4f} -> {last['loss']:.4f} in {last['step']} steps; {folder / 'aligned.safetensors'}")

@@ -181,7 +181,105 @@ def test_align_writes_weights_history_and_settings(photos: Path, checkpoints: tu
     settings = json.loads((out / "config.json").read_text())
     assert settings["lr"] == 0.01
     assert settings["temperature"] == 4.0
+    clean = json.loads((out / "clean.json").read_text())
+    assert clean["n"] == 6
+    assert 0 <= clean["before"] <= 1
     assert cli.run(attack(photos, str(out / "aligned.safetensors"), tmp_path / "adv")) == 0
+
+
+def align_options(photos: Path, checkpoints: tuple[str, str], out: Path, *more: str) -> list[str]:
+    given = ["align", "--source", MODEL, "--witness", MODEL, "--data", str(photos), "--out", str(out)]
+    weights = ["--source-checkpoint", checkpoints[0], "--witness-checkpoint", checkpoints[1]]
+    return [
+        *given,
+        *weights,
+        "--num-classes",
+        str(CLASSES),
+        "--batch-size",
+        "2",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.01",
+        *more,
+    ]
+
+
+def test_align_goes_on_and_refuses_other_settings(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    every = ["--checkpoint-every", "2"]
+    assert cli.run(align_options(photos, checkpoints, whole, *every)) == 0
+    assert cli.run(align_options(photos, checkpoints, parts, *every)) == 0
+    for name in ("aligned.safetensors", "history.jsonl"):
+        (parts / name).unlink()
+    (parts / "snapshots" / "step-000000006.pt").unlink()
+    assert "already holds files" in refused(*align_options(photos, checkpoints, parts, *every))
+    line = refused(*align_options(photos, checkpoints, parts, *every, "--lr", "0.02", "--resume"))
+    assert "holds the results of a different run (lr: 0.01 there, 0.02 here)" in line
+    assert cli.run(align_options(photos, checkpoints, parts, *every, "--resume")) == 0
+    for name in ("aligned.safetensors", "history.jsonl", "clean.json", "config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_align_with_all_that_it_takes(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = [
+        "--embedding",
+        "rkd-dev=0.5",
+        "--embedding",
+        "hint",
+        "--lambda-self",
+        "0.1",
+        "--warmup",
+        "2",
+        "--ema",
+        "0.9",
+    ]
+    more += ["--perturb", "pgd", "--perturb-param", "eps=4/255", "--perturb-param", "steps=1", "--accumulate", "2"]
+    more += ["--held-out", str(photos), "--check-every", "2", "--channels-last", "--batch-norm", "recalibrate"]
+    assert cli.run(align_options(photos, checkpoints, out, *more)) == 0
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert len(history) == 3
+    assert {"rkd", "hint", "self", "kd", "grad_norm"} <= history[0].keys()
+    assert "gradient_cosine" in history[1]
+
+
+def test_align_keeps_what_witnesses_say_of_fixed_views(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path
+) -> None:
+    given = ["--fixed-views", "--witness-cache", str(tmp_path / "cache")]
+    assert cli.run(align_options(photos, checkpoints, tmp_path / "first", *given)) == 0
+    assert (tmp_path / "cache" / "witnesses-0.logits").exists()
+    assert cli.run(align_options(photos, checkpoints, tmp_path / "again", *given)) == 0
+    assert cli.run(align_options(photos, checkpoints, tmp_path / "plain", "--fixed-views")) == 0
+    histories = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("first", "again", "plain")
+    ]
+    assert histories[0] == pytest.approx(histories[2], rel=1e-4)
+    assert histories[1] == pytest.approx(histories[2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--embedding", "rkt"], "embedding: got 'rkt' (did you mean 'rkd'?)"),
+        (["--embedding", "rkd=x"], "embedding: got 'rkd=x'; allowed is NAME or NAME=WEIGHT"),
+        (["--witness-cache", "cache"], "witness-cache: got one without --fixed-views"),
+        (["--perturb", "pgdd"], "perturb.name: got 'pgdd' (did you mean 'pgd'?)"),
+        (["--patience", "2"], "patience: got a number without held_out images"),
+        (["--batch-norm", "synchronise"], "batch_norm: got 'synchronise' on the CPU"),
+        (["--source-layer", "layer9", "--embedding", "rkd"], "layer: got 'layer9' (did you mean 'layer"),
+        (["--checkpoint-every", "0"], "every: got 0"),
+    ],
+)
+def test_align_refuses_bad_options(
+    more: list[str], message: str, photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner
+) -> None:
+    assert message in refused(*align_options(photos, checkpoints, tmp_path / "out", *more))
+    assert not list((tmp_path / "out").glob("aligned*"))
 
 
 def matrix_file(photos: Path, checkpoints: tuple[str, str], path: Path, **changes: object) -> Path:

@@ -260,3 +260,10 @@ def test_nothing_is_warned_of_in_a_plain_run(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quick(tmp_path)
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_random_moments_end_in_the_same_bits() -> None:
+    script = [sys.executable, "examples/interrupted_runs.py", "--kills", "20"]
+    run = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
