@@ -44,8 +44,8 @@ class AlignConfig:
         channels_last: weights and activations in that layout. compile: the source's pass by torch.compile.
         batch_norm: "move" normalises by the batch and moves the running statistics, as in training; "freeze"
             normalises by the running statistics and leaves them; "recalibrate" is "move", with the statistics taken
-            anew over `RECALIBRATION` batches at the end; "synchronise" is "move" over the batches of all GPUs. The
-            affine weights are trained in all.
+            anew over `RECALIBRATION` batches at the end; "synchronise" is "move" over the images of all GPUs, whose
+            layers are of type SyncBatchNorm from then on. The affine weights are trained in all.
         check_every: steps between two measurements on held-out images, where there are some.
         patience: stop after so many of them without a higher gradient cosine, and take the weights with the highest;
             None for no early stop.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
@@ -138,7 +139,7 @@ def align(
         first=first,
     )
     model.eval()
-    images = of_this_rank(measured) or first
+    images = of_this_rank(measured) if measured else first
     (before, count), (after, _) = accuracy(original, images), accuracy(model, images)
     if checkpoint is not None and main():
         save_checkpoint(model, checkpoint, {"alignfast.config": repr(asdict(config))})
@@ -188,6 +189,8 @@ def fit(
         batches = chain([example], batches)
         if first is not None:
             batches = _keeping(batches, first)
+        if ranks.world > 1 and config.batch_norm == "synchronise":
+            model.module = convert_sync_batchnorm(model.module)
         with terms_of(model, witnesses, config, example.images, perturb, cache) as terms, ExitStack() as closing:
             if ranks.world > 1:
                 terms.spread()

@@ -137,6 +137,7 @@ class Run:
 
     def state(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Of tensors and plain values alone; all ranks ask for it together. named: what tells this run from others."""
+        self.terms.flush()
         return {
             "run": dict(named),
             "step": self.step,

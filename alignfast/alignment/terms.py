@@ -72,6 +72,11 @@ class Terms:
         self._config = config
         self._spread: DistributedDataParallel | None = None
 
+    def flush(self) -> None:
+        """What witnesses were asked so far is on disk, if it is kept at all."""
+        if self._witnesses is not None and self._witnesses.cache is not None:
+            self._witnesses.cache.flush()
+
     def compile(self) -> None:
         self.run = torch.compile(self.student)
 
