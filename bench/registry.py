@@ -34,12 +34,14 @@ ATTACKED = (
 ATTACK_STEPS = {"cpu": 2, "cuda": 10}
 ALIGNED = (
     ("cpu", "resnet50", "resnet18", "fp32", 8),
+    ("cpu", "resnet50", "resnet18", "bf16", 16),
+    ("cpu", "tf_efficientnet_lite2", "tf_efficientnet_lite0", "bf16", 16),
     ("cuda", "resnet50", "resnet18", "fp32", 32),
     ("cuda", "resnet50", "resnet18", "fp32", 128),
     ("cuda", "resnet50", "resnet18", "bf16", 32),
     ("cuda", "resnet50", "resnet18", "bf16", 128),
 )
-ALIGNED_STEPS = {"cpu": 2, "cuda": 10}
+ALIGNED_STEPS = {"cpu": 4, "cuda": 10}
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _alignments() -> list[Case]:
             dtype,
             (batch, *SIDES),
             partial(runs.alignment, source=source, witness=witness, steps=ALIGNED_STEPS[device]),
-            {"plain": 1.0},
+            {"plain": 1.0} | ({"authors": 2.0, "model": 0.95} if dtype == "bf16" else {}),
             [device],
         )
         for device, source, witness, dtype, batch in ALIGNED

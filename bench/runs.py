@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignfast.alignment import AlignConfig, align
+from alignfast.alignment import AlignConfig
+from alignfast.alignment.loop import fit
 from alignfast.attacks import Attack, create
 from alignfast.models import Classifier, load_model
 
@@ -189,7 +190,8 @@ class Normalised(nn.Module):
 
 @dataclass(frozen=True)
 class AlignmentRun:
-    """Sides: "ours"; "plain", the loop that people write; "model", the passes and gradients without loss and update."""
+    """Sides: "ours"; "plain", the loop that people write; where that is in bfloat16, "authors", the same in float32, as
+    the paper's authors run it; "model", the passes and gradients without loss and update."""
 
     source: str
     witness: str
@@ -205,7 +207,10 @@ class AlignmentRun:
         return Cost(flops=self.steps * self.shape[0] * (trained + asked))
 
     def prepare(self, *, compiled: bool) -> tuple[dict[str, Call], str | None]:
-        return {"ours": self._ours, "plain": self._plain, "model": self._bare_passes}, self._fault()
+        sides: dict[str, Call] = {"ours": self._ours, "plain": self._plain}
+        if self.dtype == torch.bfloat16:
+            sides["authors"] = partial(self._plain, autocast=False)
+        return sides | {"model": self._bare_passes}, self._fault()
 
     def _fault(self) -> str | None:
         """The losses of both loops, step by step."""
@@ -229,13 +234,14 @@ class AlignmentRun:
 
     @cached_property
     def _config(self) -> AlignConfig:
-        return AlignConfig(temperature=TEMPERATURE, precision="fp32" if self.dtype == torch.float32 else "bf16")
+        precision: Literal["fp32", "bf16"] = "fp32" if self.dtype == torch.float32 else "bf16"
+        return AlignConfig(temperature=TEMPERATURE, precision=precision, channels_last=True)
 
     def _ours(self) -> list[float]:
         source, witness = self._models
-        return [entry["loss"] for entry in align(source, witness, self._batches, self._config).history]
+        return [entry["loss"] for entry in fit(copy.deepcopy(source), [witness], self._batches, self._config)]
 
-    def _plain(self) -> list[float]:
+    def _plain(self, autocast: bool = True) -> list[float]:
         """The published recipe, with the losses brought to the host in the end."""
         source, witness = copy.deepcopy(self._models[0]).train(), self._models[1]
         config, losses = self._config, []
@@ -246,7 +252,7 @@ class AlignmentRun:
         student, teacher = Normalised(source), Normalised(witness)
         for images, _ in self._batches:
             optimizer.zero_grad()
-            with self._autocast():
+            with self._autocast() if autocast else nullcontext():
                 logits = student(images)
                 with torch.no_grad():
                     taught = teacher(images)

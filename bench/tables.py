@@ -19,6 +19,7 @@ COLUMNS = {
     "no graph": "vs no graph",
     "torchattacks": "vs torchattacks",
     "plain": "vs plain loop",
+    "authors": "vs authors' loop",
     "model": "of model",
 }
 

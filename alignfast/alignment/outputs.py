@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignfast.checks import check_choice, check_number, check_shape
+from alignfast.checks import check_choice
 from alignfast.ops import kl_div_with_logits
-from alignfast.ops.kl_div_with_logits import Combine, Direction
+from alignfast.ops.kl_div_with_logits import Combine, Direction, check_arguments
 from alignfast.reference.kl_div_with_logits import LOWEST_LOGIT
 
 __all__ = ["OUTPUTS", "Output", "output_loss"]
@@ -52,7 +52,7 @@ def output_loss(
     check_choice("kind", kind, OUTPUTS)
     if kind == "kl":
         return kl_div_with_logits(student, teacher, temperature, direction, "batchmean", combine)
-    _check(student, teacher, temperature, direction, combine)
+    check_arguments(student, teacher, temperature, direction, "batchmean", combine)
     apart = _probabilities(student, temperature) - _probabilities(teacher.detach(), temperature)
     losses = apart.square().sum(-1) if kind == "mse" else apart.abs().sum(-1) / 2
     if teacher.ndim == 3:
@@ -70,18 +70,3 @@ def _combined(losses: Tensor, combine: Combine) -> Tensor:
     if combine == "mean":
         return losses.mean(0)
     return losses.amax(0) if combine == "max" else losses.amin(0)
-
-
-def _check(student: Tensor, teacher: Tensor, temperature: float, direction: str, combine: str) -> None:
-    check_shape("student", student.shape, (None, None))
-    check_shape("teacher", teacher.shape, (None, *student.shape) if teacher.ndim == 3 else student.shape)
-    if teacher.ndim == 3 and len(teacher) == 0:
-        raise ValueError("teacher: got no witness; allowed is at least one")
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if not logits.is_floating_point():
-            raise ValueError(f"{name}: got dtype {logits.dtype}; allowed is a floating-point tensor")
-    if student.device != teacher.device:
-        raise ValueError(f"teacher: on {teacher.device}; allowed is the device of student, {student.device}")
-    check_number("temperature", temperature, low=0.0, open_low=True)
-    check_choice("direction", direction, ("forward", "reverse", "symmetric", "jsd"))
-    check_choice("combine", combine, ("mean", "max", "min"))

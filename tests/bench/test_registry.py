@@ -93,9 +93,9 @@ def test_operations_are_those_of_the_passes() -> None:
     for preset, passes in PASSES.items():
         assert costs[preset].moved == 0
         assert costs[preset].flops == pytest.approx(passes * 8 * 2 * 3.63e9, rel=0.01), preset
-    (align,) = select(["alignment"])
+    align, *_ = select(["alignment"])
     # A ResNet-50 has 8.18 GFLOP and three times as many in training, but for the gradient of the images.
-    assert align.subject_on("meta").cost.flops == pytest.approx(2 * 8 * (3 * 8.18e9 + 3.63e9), rel=0.02)
+    assert align.subject_on("meta").cost.flops == pytest.approx(4 * 8 * (3 * 8.18e9 + 3.63e9), rel=0.02)
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
