@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignfast.checks import check_choice
 from alignfast.ops import kl_div_with_logits
-from alignfast.ops.kl_div_with_logits import Combine, Direction, check_arguments
+from alignfast.ops.kl_div_with_logits import Combine, Direction, _check
 from alignfast.reference.kl_div_with_logits import LOWEST_LOGIT
 
 __all__ = ["OUTPUTS", "Output", "output_loss"]
@@ -52,7 +52,7 @@ def output_loss(
     check_choice("kind", kind, OUTPUTS)
     if kind == "kl":
         return kl_div_with_logits(student, teacher, temperature, direction, "batchmean", combine)
-    check_arguments(student, teacher, temperature, direction, "batchmean", combine)
+    _check(student, teacher, temperature, direction, "batchmean", combine)
     apart = _probabilities(student, temperature) - _probabilities(teacher.detach(), temperature)
     losses = apart.square().sum(-1) if kind == "mse" else apart.abs().sum(-1) / 2
     if teacher.ndim == 3:

@@ -45,7 +45,7 @@ def kl_div_with_logits(
         ValueError: shapes, dtypes or devices that do not match, or an argument outside what is allowed.
     """
     arguments = (student, teacher.detach(), temperature, direction, reduction, combine)
-    check_arguments(*arguments)
+    _check(*arguments)
     if student.device.type in NATIVE_DEVICES:
         with_gradient = student.requires_grad and torch.is_grad_enabled()
         loss: Tensor
@@ -57,10 +57,7 @@ def kl_div_with_logits(
     return reference.kl_div_with_logits(*arguments)
 
 
-def check_arguments(
-    student: Tensor, teacher: Tensor, temperature: float, direction: str, reduction: str, combine: str
-) -> None:
-    """Of a loss between logits; ValueError as of `kl_div_with_logits`."""
+def _check(student: Tensor, teacher: Tensor, temperature: float, direction: str, reduction: str, combine: str) -> None:
     check_shape("student", student.shape, (None, None))
     if teacher.ndim == 3:
         check_shape("teacher", teacher.shape, (None, *student.shape))
@@ -88,7 +85,7 @@ def _fake(
     combine: str,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments(student, teacher, temperature, direction, reduction, combine)
+    _check(student, teacher, temperature, direction, reduction, combine)
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=dtype)
     return loss, student.new_empty(student.shape if with_gradient else 0, dtype=dtype)
