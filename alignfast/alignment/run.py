@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Run:
         shares = self._shares(batches)
         for place, (one, share) in enumerate(zip(batches, shares, strict=True), 1):
             # Gradients of several processes are added up behind the last batch alone.
-            with self.terms.together() if place == len(batches) else self.terms.alone():
+            with nullcontext() if place == len(batches) else self.terms.alone():
                 found = self.terms.of(one)
                 self._scaler.scale(found["loss"] * share).backward()
             for name, term in found.items():

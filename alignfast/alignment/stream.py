@@ -65,9 +65,11 @@ class Stream:
         if hasattr(self._loader, "set_epoch"):
             self._loader.set_epoch(self.epoch)
         self.batch = start
-        own = isinstance(self._loader, Loader)
-        batches = as_batches(self._loader.iterate(start) if own else self._loader)  # type: ignore[attr-defined]
-        for batch in batches if own else islice(batches, start, None):
+        if isinstance(self._loader, Loader):
+            batches = as_batches(self._loader.iterate(start))
+        else:
+            batches = islice(as_batches(self._loader), start, None)
+        for batch in batches:
             self.batch += 1
             yield batch
         self.epoch += 1
@@ -75,7 +77,10 @@ class Stream:
 
 
 def generators() -> dict[str, Any]:
-    """The states of the global generators of torch, Python and NumPy, as a snapshot can hold them."""
+    """The states of the global generators of torch, Python and NumPy, as a snapshot can hold them.
+
+    Of NumPy the legacy one, which ruff warns of: it is what data sets and models of users draw from.
+    """
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

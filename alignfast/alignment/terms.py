@@ -89,10 +89,6 @@ class Terms:
         self._spread = DistributedDataParallel(self.student, device_ids=places, find_unused_parameters=unused)
         self.run = torch.compile(self._spread) if self._config.compile else self._spread
 
-    def together(self) -> AbstractContextManager[None]:
-        """For a pass behind which gradients are added up."""
-        return nullcontext()
-
     def alone(self) -> AbstractContextManager[None]:
         """For a pass whose gradients wait for those of the next."""
         return nullcontext() if self._spread is None else self._spread.no_sync()
