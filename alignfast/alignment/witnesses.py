@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignfast.alignment.cache import WitnessCache
 from alignfast.checks import check_choice
 from alignfast.models import Classifier, fit_size
 from alignfast.models.folding import folded
-from alignfast.models.preparation import DTYPES
+from alignfast.models.preparation import DTYPES, form_in, shaped
 
 
 class Witnesses:
@@ -84,16 +84,5 @@ class Witnesses:
 
 
 def _ready(model: Classifier, dtype: torch.dtype, example: Tensor | None) -> Classifier:
-    ready = copy.deepcopy(model).eval().requires_grad_(False) if example is None else folded(model, example)
-    ready.compute_in(dtype)
-    for member in ready.members:
-        if _is_convolutional(member.module):
-            member.module.to(memory_format=torch.channels_last)
-            member.memory_format = torch.channels_last
-    return ready
-
-
-def _is_convolutional(module: nn.Module) -> bool:
-    """In two dimensions, and not a transformer, whose only convolution makes its patches."""
-    flat, deep = (sum(isinstance(part, kind) for part in module.modules()) for kind in (nn.Conv2d, nn.Conv3d))
-    return flat > 1 and deep == 0
+    frozen = copy.deepcopy(model).eval().requires_grad_(False) if example is None else folded(model, example)
+    return shaped(frozen, form_in(frozen, dtype))

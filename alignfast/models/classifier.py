@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from torch.nn.functional import interpolate
 from alignfast.checks import check_count, check_shape, check_unit_range
 from alignfast.draws import Draws
 from alignfast.ops import diversify
+
+# Beyond [0, 1], at most: of means of pixels in float32.
+ROUNDING = 1e-5
+
+if TYPE_CHECKING:
+    from alignfast.models.preparation import Preparation
 
 
 class Render(Protocol):
@@ -42,10 +48,12 @@ class Classifier(nn.Module):
 
     Attributes:
         dtype, memory_format: in which `module` takes its input, as `prepare` sets them; None for that of the images.
+        preparation: what `prepare` chose; None for a model that is as it was loaded.
     """
 
     mean: Tensor | None
     std: Tensor | None
+    preparation: Preparation | None = None
 
     def __init__(
         self,
@@ -150,7 +158,15 @@ def fit_size(images: Tensor, model: Classifier) -> Tensor:
     # Torch has no antialiasing of half precision on CPUs.
     wide = images if images.dtype == torch.float64 else images.float()
     fitted = interpolate(wide, size=model.input_size[1:], mode="bilinear", antialias=True)
-    return fitted.clamp(0, 1).to(images.dtype)
+    return in_range(fitted).to(images.dtype)
+
+
+def in_range(images: Tensor) -> Tensor:
+    """Clamped to [0, 1], with a derivative of 1 at both ends, where images have many pixels and torch's clamp has 0 in
+    some releases, and as far beyond as rounding leads means of such pixels."""
+    clamped = images.detach().clamp(0, 1)
+    near = (images >= -ROUNDING) & (images <= 1 + ROUNDING)
+    return torch.where(near, clamped + (images - images.detach()), clamped)
 
 
 @contextmanager

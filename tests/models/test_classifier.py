@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import normalize
 
-from alignfast.models import Classifier, as_classifier, evaluating, fit_size
+from alignfast.models import Classifier, as_classifier, evaluating, fit_size, in_range
 from tests import cases
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -179,6 +179,30 @@ def test_fit_size_passes_gradients():
     x = cases.random((1, 1, 5, 5), 3, low=0.1, high=0.9).requires_grad_()
     model = Classifier(nn.Flatten(), input_size=(1, 3, 4))
     assert torch.autograd.gradcheck(lambda x: fit_size(x, model), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("side", "model_side"), [(10, 6), (96, 32), (6, 10)])
+def test_black_and_white_images_of_another_size_have_gradients(side, model_side, dtype):
+    """Where resizing leads some pixels of a white image beyond 1, by rounding. The model is linear."""
+    model = Classifier(module(side=model_side), input_size=(3, model_side, model_side), **TEN).to(dtype)
+    gradients = []
+    for level in (0.0, 0.5, 1.0):
+        x = torch.full((1, 3, side, side), level, dtype=dtype, requires_grad=True)
+        model.logits(fit_size(x, model))[0, 3].backward()
+        gradients.append(x.grad)
+    black, grey, white = gradients
+    assert bool((grey != 0).all())
+    assert torch.equal(black, grey)
+    assert torch.equal(white, grey)
+
+
+def test_the_ends_of_the_range_have_a_derivative():
+    x = torch.tensor([-0.5, -1e-7, 0.0, 0.25, 1.0, 1 + 2e-7, 1.5, torch.inf], requires_grad=True)
+    y = in_range(x)
+    assert torch.equal(y.detach(), torch.tensor([0.0, 0.0, 0.0, 0.25, 1.0, 1.0, 1.0, 1.0]))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]))
 
 
 def test_networks_with_auxiliary_heads_give_their_logits():

@@ -1,0 +1,123 @@
+"""Layers of frozen weights that keep for the backward pass only what an input gradient needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+def keep_less(module: nn.Module) -> None:
+    """Exchange, in place, what keeps more than an input gradient needs, where what it is has no further behaviour.
+
+    torch's convolution keeps its input, which only a gradient of its weights needs, and ReLU6 in place a copy of its
+    input, though its output tells as much. The new layers have the old ones' types, names, weights and results.
+    Subclasses, layers with hooks and padding other than by zeros are left alone.
+    """
+    for name, part in list(module.named_modules()):
+        if name and (kind := KEEP_LESS.get(type(part))) is not None and _is_plain(part):
+            module.set_submodule(name, _as(kind, part), strict=True)
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
+        return torch.conv2d(images, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        images, weight, _, *ctx.settings = inputs
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.layout = images.shape, images.stride()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        # Asked for its shape and layout only, and pages that nobody touches take no memory.
+        images = grad.new_empty_strided(ctx.shape, ctx.layout)
+        (result, _, _) = torch.ops.aten.convolution_backward(
+            grad, images, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        return result, None, None, None, None, None, None
+
+
+class _Clip(Function):
+    """To [0, 6], in place."""
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        return nn.functional.hardtanh_(rows, 0.0, 6.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return torch.ops.aten.hardtanh_backward(grad, ctx.saved_tensors[0], 0.0, 6.0)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution whose weights require no gradient."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _convolved(input, self, self.padding)
+
+
+class FrozenConv2dSame(Conv2dSame):
+    """The same behind TensorFlow's padding, which depends on the size of the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel, stride, dilation = (list(sizes) for sizes in (self.kernel_size, self.stride, self.dilation))
+        return _convolved(pad_same(input, kernel, stride, dilation), self, (0, 0))
+
+
+class ReLU6InPlace(nn.ReLU6):
+    def forward(self, input: Tensor) -> Tensor:
+        return _applied(_Clip, input)
+
+
+KEEP_LESS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: FrozenConv2d,
+    Conv2dSame: FrozenConv2dSame,
+    nn.ReLU6: ReLU6InPlace,
+}
+
+
+def _convolved(images: Tensor, layer: nn.Conv2d, padding: Any) -> Tensor:
+    return _applied(_Convolution, images, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def _applied(function: type[Function], *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
+def _is_plain(part: nn.Module) -> bool:
+    if part._forward_hooks or part._forward_pre_hooks:
+        return False
+    if isinstance(part, nn.Conv2d):
+        frozen = "weight" in part._parameters and not any(one.requires_grad for one in part.parameters())
+        return frozen and part.padding_mode == "zeros" and isinstance(part.padding, tuple)
+    return not isinstance(part, nn.ReLU6) or part.inplace
+
+
+def _as(kind: type[nn.Module], part: nn.Module) -> nn.Module:
+    """The same object in all but its class: `kind` adds nothing to what it holds."""
+    other = kind.__new__(kind)
+    other.__dict__.update(part.__dict__)
+    return other
