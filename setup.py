@@ -84,6 +84,7 @@ setup(
         "alignfast.kernels",
         *(f"alignfast.kernels.{name}" for name in find_packages("kernels")),
         "alignfast.bench",
+        *(f"alignfast.bench.{name}" for name in find_packages("bench")),
     ],
     package_dir={"alignfast.kernels": "kernels", "alignfast.bench": "bench"},
     package_data={"alignfast": ["py.typed", "*.pyi", "evaluation/*.j2"]},

@@ -3,6 +3,7 @@
 from alignfast import attacks, surrogates
 from alignfast.alignment import AlignConfig, AlignResult, align
 from alignfast.evaluation import TransferMatrix, transfer_matrix
+from alignfast.memory import keep_memory
 from alignfast.models import Classifier, Ensemble, load_checkpoint, load_model, prepare, save_checkpoint
 from alignfast.versions import package_versions
 
@@ -16,6 +17,7 @@ __all__ = [
     "TransferMatrix",
     "align",
     "attacks",
+    "keep_memory",
     "load_checkpoint",
     "load_model",
     "prepare",

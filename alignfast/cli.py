@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args
 
 import torch
 import typer
@@ -45,8 +46,11 @@ from alignfast.distributed import current, on_main, process_group
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.evaluation.images import evaluate_images
 from alignfast.evaluation.outputs import show, write_results
-from alignfast.files import claim_folder, write_json
+from alignfast.evaluation.shares import form_of, prepared_alike
+from alignfast.files import check_unused, claim_folder, write_json
+from alignfast.memory import keep_memory
 from alignfast.models import Classifier, fingerprint, save_checkpoint
+from alignfast.models.preparation import Precision
 from alignfast.progress import progress
 from alignfast.versions import package_versions
 
@@ -123,7 +127,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command; 0, or 2 after one line on bad input, 1 on another failure, 130 on an interrupt."""
     try:
-        result = app(args=spread(arguments), standalone_mode=False)
+        with keep_memory():
+            result = app(args=spread(arguments), standalone_mode=False)
     except UsageError as error:
         return _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
     except BAD_INPUT as error:
@@ -204,6 +209,7 @@ def align_command(
     ] = None,
     source_layer: Annotated[str | None, typer.Option(help="Of the source's embedding.")] = None,
     witness_layer: Annotated[str | None, typer.Option(help="Of the witnesses' embeddings.")] = None,
+    lambda_kd: Annotated[float, typer.Option(help="Weight of the loss of predictions.")] = AlignConfig.lambda_kd,
     lambda_cls: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = AlignConfig.lambda_cls,
     lambda_self: Annotated[
         float, typer.Option(help="Weight of the divergence from the source as it was.")
@@ -237,37 +243,14 @@ def align_command(
     device: Device = "cpu",
 ) -> None:
     """Fine-tune a source toward witnesses: aligned.safetensors, history.jsonl and config.json."""
-    settings: dict[str, Any] = {
-        "temperature": temperature,
-        "loss": loss,
-        "direction": direction,
-        "combine": combine,
-        "embeddings": tuple(map(_embedding, embedding or [])),
-        "source_layer": source_layer,
-        "witness_layer": witness_layer,
-        "lambda_cls": lambda_cls,
-        "lambda_self": lambda_self,
-        "optimizer": optimizer,
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "nesterov": momentum > 0,
-        "schedule": schedule,
-        "warmup": warmup,
-        "epochs": epochs,
-        "steps": steps,
-        "accumulate": accumulate,
-        "clip_norm": clip_norm,
-        "ema": ema,
-        "precision": precision,
-        "channels_last": channels_last,
-        "compile": compile_,
-        "batch_norm": batch_norm,
-        "check_every": check_every,
-        "patience": patience,
-        "seed": seed,
-    }
-    config = AlignConfig(**settings)
+    # Before anything else has a name: options that are settings of the alignment have the names of these.
+    given = locals()
+    config = AlignConfig(
+        **{field.name: given[field.name] for field in fields(AlignConfig) if field.name in given},
+        embeddings=tuple(map(_embedding, embedding or [])),
+        nesterov=momentum > 0,
+        compile=compile_,
+    )
     checkpoints: list[Path | None] = [*(witness_checkpoint or [])]
     if len(checkpoints) not in (0, len(witness)):
         raise ValueError(
@@ -311,13 +294,12 @@ def align_command(
     folder = on_main(lambda: claim_folder(out, run_with, resume=resume))
     logs: list[Log] = [JsonLines(folder / "history.jsonl")]
     logs += [TensorBoard(folder / "tensorboard")] if tensorboard else []
-    with ExitStack() as stack:
-        cache = None
-        if witness_cache is not None:
-            key = witness_key(witnesses, f"{data} {side} {crop_scale}", seed, precision)
-            count, classes = len(dataset), model.num_classes or len(model.logits(shown["data"][0].images[:1])[0])
-            cache = WitnessCache(witness_cache, key, count, (len(witnesses), classes), current().rank)
-            stack.enter_context(cache)
+    caching: AbstractContextManager[WitnessCache | None] = nullcontext()
+    if witness_cache is not None:
+        key = witness_key(witnesses, f"{data} {side} {crop_scale}", seed, precision)
+        classes = model.num_classes or len(model.logits(shown["data"][0].images[:1])[0])
+        caching = WitnessCache(witness_cache, key, len(dataset), (len(witnesses), classes), current().rank)
+    with caching as cache:
         result = align(
             model,
             witnesses,
@@ -363,6 +345,8 @@ def attack_command(
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="Another parameter as NAME=VALUE; repeat.")] = None,
     targeted: Annotated[bool, typer.Option("--targeted", help="Toward the targeted_label of labels.csv.")] = False,
+    precision: Annotated[str, typer.Option(help=f"Of the source's passes: {', '.join(get_args(Precision))}.")] = "fp32",
+    compile_: Annotated[bool, typer.Option("--compile", help="The source's passes by torch.compile.")] = False,
     num_classes: NumClasses = None,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
@@ -371,23 +355,34 @@ def attack_command(
     device: Device = "cpu",
 ) -> None:
     """Write adversarial images as PNG, within eps of their 8-bit originals, with a manifest."""
+    began = time.monotonic()
     named = {"eps": eps, "alpha": alpha, "steps": steps}
     given = {name: value for name, value in named.items() if value is not None} | _parameters(param or [])
     spec = attack_spec("attack", {"name": attack, **given, "seed": seed, "targeted": targeted})
+    check_choice("precision", precision, get_args(Precision))
     place = check_device(device)
     source = trained_model(model, checkpoint, num_classes).to(place)
     dataset = load_dataset(data, image_size=_side(source, model), num_classes=source.num_classes)
-    engine = create(source=source, **_pooled(spec, dataset, place))
+    attack_on = partial(create, **_pooled(spec, dataset, place))
+    # What it refuses is known before the source is prepared.
+    attack_on(source=source)
     if targeted and dataset.targets is None:
         raise ValueError(f"targeted: {data} lists no targeted labels; allowed is a labels.csv with targeted_label")
     subset = _spread(dataset, limit)
+    on_main(lambda: check_unused(out))
     on_main(lambda: _verify(dataset))
+    batches = loader(subset, batch_size, workers=workers, ahead=True)
+    example = next(iter(loader(subset, batch_size))).images.to(place)
+    prepared = prepared_alike(source, example, cast(Precision, precision), compiled=compile_)
+    engine = attack_on(source=prepared)
     spec = parameters_of(spec["name"]) | spec
+    passes = {"precision": precision, "form": form_of(prepared)}
     run_with = {"command": "attack", "model": model, "checkpoint": _text(checkpoint), "data": data, "attack": spec}
-    folder = on_main(lambda: claim_folder(out, run_with | {"limit": limit, "versions": package_versions()}))
+    more = {"limit": limit, **passes, "versions": package_versions()}
+    folder = on_main(lambda: claim_folder(out, run_with | more))
     manifest = Manifest(
         attack=spec["name"],
-        parameters={"model": model, "checkpoint": _text(checkpoint), **spec},
+        parameters={"model": model, "checkpoint": _text(checkpoint), **spec, **passes},
         model=fingerprint(source),
         seed=seed,
         eps=engine.eps,
@@ -396,19 +391,27 @@ def attack_command(
         num_classes=source.num_classes,
     )
     ranks = current()
-    batches = loader(subset, batch_size, workers=workers).deal(ranks.rank, ranks.world)
+    own = batches.deal(ranks.rank, ranks.world)
+    if ranks.rank == 0:
+        print(f"precision {precision}: {prepared.preparation}", file=sys.stderr)
     with (
         AdversarialWriter(folder, manifest, dataset.filenames) as writer,
-        progress(spec["name"], batches.images, "images", shown=ranks.rank == 0) as advance,
+        progress(spec["name"], own.images, "images", shown=ranks.rank == 0) as advance,
     ):
-        for images, labels, indices in batches:
+        done, started = 0, time.monotonic()
+        for images, labels, indices in own:
             aims = None if dataset.targets is None else dataset.targets[indices]
-            wanted = aims if targeted and aims is not None else labels
-            adversarial = engine(images.to(place), wanted.to(place), indices=indices.to(place)).cpu()
-            writer.add(quantise(adversarial, eight_bit(images), engine.eps, engine.step.norm), labels, indices, aims)
-            advance(len(images), "")
+            batch = Batch(images, aims if targeted and aims is not None else labels, indices)
+            # A model is compiled for one number of images.
+            rows = Batch(*(each.to(place) for each in (batch.filled(len(example)) if compile_ else batch)))
+            adversarial = engine(rows.images, rows.labels, indices=rows.indices)
+            levels = quantise(adversarial, eight_bit(rows.images), engine.eps, engine.step.norm)
+            writer.add(levels[: len(images)], labels, indices, aims)
+            done += len(images)
+            advance(len(images), f"{done / (time.monotonic() - started):.1f} images/s")
     if ranks.rank == 0:
-        print(f"{len(subset)} images in {folder}")
+        seconds = time.monotonic() - began
+        print(f"{len(subset)} images in {folder}, {seconds:.1f} s, {len(subset) / seconds:.1f} images/s")
 
 
 @app.command("evaluate")
@@ -431,12 +434,12 @@ def evaluate_command(
     if data is not None:
         size = tuple(dataset[0].image.shape[-2:])
         original = load_dataset(data, image_size=(size[0], size[1]), num_classes=manifest.num_classes)
-        clean = loader(_subset(original, manifest.indices), batch_size, workers=workers)
+        clean = loader(_subset(original, manifest.indices), batch_size, workers=workers, ahead=True)
     run_with = {"command": "evaluate", "images": str(images), "targets": specs, "data": data}
     folder = claim_folder(out, run_with | {"num_classes": num_classes, "versions": package_versions()})
     source = str(manifest.parameters.get("model", manifest.model))
     matrix = evaluate_images(
-        loader(dataset, batch_size, workers=workers),
+        loader(dataset, batch_size, workers=workers, ahead=True),
         models,
         source=source,
         attack=manifest.attack,
@@ -472,9 +475,10 @@ def transfer_command(
         models["sources"],
         models["targets"],
         {name: _pooled(spec, dataset, place) for name, spec in settings.attacks.items()},
-        loader(subset, settings.batch_size, workers=workers),
+        loader(subset, settings.batch_size, workers=workers, ahead=True),
         qualified=settings.qualified,
         baseline=settings.baseline,
+        precision=settings.precision,
         parts=folder / "parts",
         progress=True,
     )

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from alignfast.attacks import names_of, parameters_of
 from alignfast.checks import check_choice, check_known
 from alignfast.models import Classifier, Ensemble, load_model
+from alignfast.models.preparation import Precision
 
 MODEL_KEYS = ("model", "checkpoint", "pretrained", "weights", "num_classes", "input_size")
 ENSEMBLE_KEYS = ("ensemble", "combine")
@@ -27,8 +28,9 @@ class MatrixConfig:
 
     data: what `load_dataset` reads. sources, targets: "SPEC", a mapping with the arguments of `load_model` (`model`
     for the name; pretrained unless a checkpoint is given), or {ensemble: [models], combine: ...}. attacks: mappings
-    with a name and parameters, where numbers may be fractions such as 4/255. limit: use so many images, spread
-    evenly over the data set.
+    with a name and parameters, where numbers may be fractions such as 4/255. precision: in which sources are
+    prepared to be attacked; targets are measured as they were loaded. limit: use so many images, spread evenly over
+    the data set.
     """
 
     data: str
@@ -37,6 +39,7 @@ class MatrixConfig:
     attacks: Mapping[str, Mapping[str, Any]]
     qualified: bool = False
     baseline: str | None = None
+    precision: Precision = "fp32"
     batch_size: int = 16
     limit: int | None = None
 
@@ -63,6 +66,8 @@ class MatrixConfig:
         for role in ("sources", "targets"):
             for name, spec in content[role].items():
                 check_model(f"{role}.{name}", spec)
+        if "precision" in content:
+            check_choice("config: precision", content["precision"], get_args(Precision))
         return cls(**content)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from alignfast import ops
 from alignfast._C import cpu_isa
+from alignfast.memory import memory_state
 from alignfast.native import CUDA_BACKEND, CUDA_PATH, FORCED, NATIVE_DEVICES
 
 # The known answer of Philox4x32-10 to a counter and key of zeros, from its authors' Random123 library (kat_vectors).
@@ -21,10 +23,14 @@ PHILOX_ZEROS = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
 def report() -> dict[str, Any]:
-    """The backends with what they found, the one chosen for each device type, and "ok" or a reason for every op."""
+    """What was found here: backends, the one chosen for each type of device, "ok" or a reason for every op.
+
+    "memory" is what becomes of freed memory in this process, an `alignfast.memory.Memory`.
+    """
     return {
         "backends": {"cpu": cpu_backend(), "cuda": cuda_backend(), "triton": triton_backend()},
         "chosen": {device: chosen(device) for device in ("cpu", "cuda")},
+        "memory": asdict(memory_state()),
         "self_test": self_test(),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,13 +21,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     writers which choose a format by suffix work.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
+    # Created here and not by tempfile, as results are meant to be read by whoever the umask admits, and the umask
+    # itself cannot be read without changing it for all threads.
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        # mkstemp creates 0600; results are meant to be read by whoever the umask admits.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -44,6 +43,12 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
+def check_unused(folder: str | os.PathLike[str]) -> None:
+    """Refuse by ValueError what `claim_folder` would refuse without `resume`, as far as that can be told beforehand."""
+    if _held(Path(folder)) - {RUN_FILE}:
+        raise ValueError(f"out: {folder} already holds files; give a new or an empty folder")
+
+
 def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resume: bool = False) -> Path:
     """Make `folder` the output of one run and write what it was run with to `config.json` in it.
 
@@ -56,16 +61,10 @@ def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resu
             is changed then.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: {folder} is a file; give a folder")
     wanted = json.loads(json.dumps(run))
-    try:
-        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    except OSError as error:
-        raise ValueError(f"out: cannot read {folder} ({error.strerror}); give a writable folder") from error
-    if held:
-        if not resume and held != {RUN_FILE}:
-            raise ValueError(f"out: {folder} already holds files; give a new or an empty folder")
+    if _held(folder):
+        if not resume:
+            check_unused(folder)
         there = read_run(folder)
         if there != wanted:
             what = differences(there, wanted) if isinstance(there, dict) else f"no {RUN_FILE} that can be read"
@@ -80,6 +79,16 @@ def claim_folder(folder: str | os.PathLike[str], run: Mapping[str, Any], *, resu
     return folder
 
 
+def _held(folder: Path) -> set[str]:
+    """The names of what is in a folder, which need not be there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file; give a folder")
+    try:
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise ValueError(f"out: cannot read {folder} ({error.strerror}); give a writable folder") from error
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between the settings of two runs, as "name: a there, b here"; empty if nothing does."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
@@ -92,9 +101,3 @@ def read_run(folder: Path) -> Any:
         return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,8 +1,11 @@
-// Facts about this build and this machine. The ops register with torch, not here.
+// Facts about this build and this machine, and the settings of the C library's malloc. The ops register with torch, not
+// here.
 
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -13,6 +16,12 @@
 #include <sched.h>
 
 #include <cerrno>
+#endif
+
+// Defined by any header of glibc.
+#if defined(__GLIBC__)
+#include <gnu/libc-version.h>
+#include <malloc.h>
 #endif
 
 namespace py = pybind11;
@@ -82,10 +91,46 @@ int thread_count() {
   return threads == 0 ? 1 : static_cast<int>(threads);
 }
 
+// The file that a symbol comes from in this process and the address it was loaded to; nothing where that is unknown.
+Dl_info origin(const char* symbol) {
+  Dl_info found{};
+  void* address = dlsym(RTLD_DEFAULT, symbol);
+  if (address == nullptr || dladdr(address, &found) == 0) return {};
+  return found;
+}
+
+// glibc with its version, or the file that serves malloc in its place, such as that of a preloaded jemalloc.
+std::string allocator() {
+  const Dl_info serving = origin("malloc");
+#if defined(__GLIBC__)
+  if (serving.dli_fbase == origin("gnu_get_libc_version").dli_fbase) {
+    return std::string("glibc ") + gnu_get_libc_version();
+  }
+#endif
+  return serving.dli_fname == nullptr ? "unknown" : std::filesystem::path(serving.dli_fname).filename().string();
+}
+
+// Whether glibc's malloc keeps large blocks after they were freed; false where it is another C library's or refuses.
+bool keep_freed_memory([[maybe_unused]] bool keep) {
+#if defined(__GLIBC__)
+  // A block with a mapping of its own is unmapped when it is freed. M_MMAP_THRESHOLD would do the same for blocks of
+  // any size, but older releases refuse it more than 32 MiB. -1 stands for no trimming at all.
+  if (keep) return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+  // A call of mallopt ends glibc's own adjustment of both thresholds for good. These are where it stops in a process
+  // that frees large blocks.
+  const bool restored = mallopt(M_MMAP_MAX, 65536) == 1 && mallopt(M_MMAP_THRESHOLD, 32 << 20) == 1 &&
+                        mallopt(M_TRIM_THRESHOLD, 64 << 20) == 1;
+  malloc_trim(0);
+  return restored;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Build information, instruction sets and thread count of the native library.";
+  module.doc() = "Build information, instruction sets, thread count, and the C library's malloc.";
   module.def("build_info", &build_info, "What this binary was built from and with.");
   module.def("instruction_sets", &instruction_sets, "Instruction sets that are usable on this processor.");
   module.def(
@@ -93,4 +138,7 @@ PYBIND11_MODULE(_C, module) {
       "The instruction set whose kernels serve; ALIGNFAST_CPU_ISA names one of usable_cpu_isas() to force it.");
   module.def("usable_cpu_isas", &alignfast::usable_isas, "Instruction sets with kernels that run on this processor.");
   module.def("thread_count", &thread_count, "Hardware threads that this process may use.");
+  module.def("allocator", &allocator, "What serves malloc: glibc and its version, or the name of a file.");
+  module.def("keep_freed_memory", &keep_freed_memory,
+             "Have glibc's malloc keep freed blocks of any size, or hand back what it has and large ones to come.");
 }

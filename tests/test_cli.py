@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ import alignfast as af
 from alignfast import cli
 from alignfast.attacks import PRESETS
 from alignfast.config import MatrixConfig, number
+from alignfast.evaluation import matrix
+from alignfast.models import fingerprint, preparation
 
 MODEL = "timm:test_resnet"
 SIDE = 160
@@ -105,6 +109,69 @@ def test_attack_then_evaluate(photos: Path, checkpoints: tuple[str, str], tmp_pa
     assert cells[1]["rate"] == pytest.approx(float(wrong.float().mean()))
     assert cells[1]["clean_accuracy"] is not None
     assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_attack_tells_what_it_did_and_how_fast(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adv"
+    assert cli.run(attack(photos, checkpoints[0], out)) == 0
+    said = capsys.readouterr()
+    assert re.fullmatch(rf"6 images in {re.escape(str(out))}, \d+\.\d s, \d+\.\d images/s\n", said.out)
+    first, last = said.err.splitlines()
+    assert first == "precision fp32: fp32, channels-last"
+    assert re.fullmatch(r"mifgsm: 6/6 images, \d+ s \d+\.\d images/s", last)
+
+
+# A processor may have no units for it.
+@pytest.mark.filterwarnings("ignore:precision:RuntimeWarning")
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_attack_in_another_precision(
+    precision: str, photos: Path, checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is attacked is the prepared copy; the manifest names the source as it was loaded."""
+    monkeypatch.setattr(preparation, "_fast_dtypes", lambda device: [torch.float32])
+    sources, run = [], af.attacks.Attack._run
+
+    def recorded(self: af.attacks.Attack, *args: Any) -> torch.Tensor:
+        sources.append(self.source)
+        return run(self, *args)
+
+    monkeypatch.setattr(af.attacks.Attack, "_run", recorded)
+    out = tmp_path / "adv"
+    options = ["--precision", precision, "--limit", "1", "--steps", "1"]
+    assert cli.run(attack(photos, checkpoints[0], out, *options)) == 0
+    form = sources[0].preparation.form
+    assert form.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for record in (manifest["parameters"], json.loads((out / "config.json").read_text())):
+        assert (record["precision"], record["form"]) == (precision, str(form))
+    assert manifest["model"] == fingerprint(af.load_model(MODEL, checkpoint=checkpoints[0], num_classes=CLASSES))
+
+
+def test_a_compiled_source_sees_one_size_of_batch(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes long; here it is only asked for."""
+    run, prepared, sizes, asked = af.attacks.Attack.__call__, cli.prepared_alike, [], []
+
+    def counted(self: af.attacks.Attack, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(images))
+        return run(self, images, *args, **kwargs)
+
+    def uncompiled(*args: Any, compiled: bool) -> af.Classifier:
+        asked.append(compiled)
+        return prepared(*args)
+
+    monkeypatch.setattr(af.attacks.Attack, "__call__", counted)
+    monkeypatch.setattr(cli, "prepared_alike", uncompiled)
+    assert cli.run(attack(photos, checkpoints[0], tmp_path / "plain", name="difgsm")) == 0
+    assert cli.run(attack(photos, checkpoints[0], tmp_path / "compiled", "--compile", name="difgsm")) == 0
+    assert asked == [False, True]
+    assert sizes == [4, 2, 4, 4]
+    for index in range(6):
+        plain, filled = (pixels(tmp_path / name / "images" / f"{index}.png") for name in ("plain", "compiled"))
+        assert (plain != filled).mean() < 0.01
 
 
 def test_attack_does_not_depend_on_the_batch(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
@@ -320,6 +387,30 @@ def test_transfer_is_taken_up_where_it_stopped(
     assert whole == resumed
 
 
+def test_transfer_prepares_sources_in_the_precision_of_the_file(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, asked = matrix.prepared_alike, []
+
+    def recorded(model: af.Classifier, images: torch.Tensor, precision: Any) -> af.Classifier:
+        asked.append((precision, len(images)))
+        return prepared(model, images, "fp32")
+
+    monkeypatch.setattr(matrix, "prepared_alike", recorded)
+    for name, changes in (("usual", {}), ("auto", {"precision": "auto"})):
+        config = matrix_file(photos, checkpoints, tmp_path / f"{name}.yaml", **changes)
+        assert cli.run(["transfer", "--config", str(config), "--out", str(tmp_path / name)]) == 0
+        written = json.loads((tmp_path / name / "matrix.json").read_text())["config"]
+        precision = changes.get("precision", "fp32")
+        assert written["precision"] == json.loads((tmp_path / name / "config.json").read_text())["precision"]
+        assert written["precision"] == precision
+        assert written["forms"] == {
+            "vanilla": "fp32, channels-last",
+            "both": "fp32, channels-last; fp32, channels-last",
+        }
+    assert asked == [("fp32", 3)] * 2 + [("auto", 3)] * 2
+
+
 def test_transfer_refuses_the_folder_of_another_matrix(
     photos: Path, checkpoints: tuple[str, str], tmp_path: Path, refused: Runner
 ) -> None:
@@ -340,6 +431,8 @@ def test_transfer_refuses_the_folder_of_another_matrix(
         ({"attacks": {"mi": {"name": "mifgsm", "epz": 1}}}, "did you mean 'eps'"),
         ({"attacks": {"mi": {"name": "mifgsm", "eps": "4/x"}}}, "attacks.mi.eps"),
         ({"attacks": {}}, "attacks"),
+        ({"precision": "bf61"}, "config: precision: got 'bf61' (did you mean 'bf16'?)"),
+        ({"precision": 16}, "config: precision: got 16"),
         ({"baseline": "other"}, "baseline"),
         ({"targets": {"b": {"modl": MODEL}}}, "targets.b"),
     ],
@@ -369,6 +462,7 @@ def test_bad_input_to_attack(photos: Path, checkpoints: tuple[str, str], tmp_pat
     assert "nowhere" in given(data=tmp_path / "nowhere")
     assert "'tpu'" in given("--device", "tpu")
     assert "limit" in given("--limit", "0")
+    assert "precision: got 'fp23' (did you mean 'fp32'?)" in given("--precision", "fp23")
     assert "resnet18" in refused("attack", "--model", "timm:resnet1x8", *attack(photos, good, out)[3:])
     (photos / "labels.csv").write_text("filename,lable\n0.png,0\n")
     assert "lable" in given()
@@ -430,7 +524,7 @@ def test_an_interrupt_leaves_no_half_file(photos: Path, checkpoints: tuple[str, 
 def test_doctor_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"backends", "chosen", "self_test"}
+    assert set(report) == {"backends", "chosen", "memory", "self_test"}
     assert set(report["self_test"].values()) == {"ok"}
 
 

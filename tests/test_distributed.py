@@ -163,7 +163,7 @@ def test_two_ranks_under_torchrun(work: Path) -> None:
     code, out, err = launched_by_torchrun("two", 2, work)
     assert code == 0, err
     # Rank 1 says nothing. Rank 0 has the first and the third of four batches.
-    assert out.count(f"10 images in {work / 'images of two'}\n") == out.count("written:") == out.count("written") == 1
+    assert out.count(f"10 images in {work / 'images of two'}, ") == out.count("written:") == out.count("written") == 1
     shown = [line.split(",")[0] for line in err.splitlines() if "/" in line.split(",")[0]]
     assert shown == ["difgsm: 6/6 images", "transfer: 12/12 batches", "transfer: 12/12 batches"], err
     assert json.loads((work / "by two.json").read_text()) == json.loads(json.dumps(before))

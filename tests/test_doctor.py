@@ -20,8 +20,9 @@ OPS = ["kl_div_with_logits", "diversify", "sign_step", "smooth", "philox_uniform
 
 def test_report_has_the_documented_shape() -> None:
     report = doctor.report()
-    assert set(report) == {"backends", "chosen", "self_test"}
+    assert set(report) == {"backends", "chosen", "memory", "self_test"}
     assert set(report["chosen"]) == {"cpu", "cuda"}
+    assert set(report["memory"]) == {"allocator", "kept", "huge_pages", "reason"}
     backends = report["backends"]
     assert {"loaded", "isa", "kernels", "threads"} <= set(backends["cpu"])
     assert {"built", "loads", "archs", "device"} <= set(backends["cuda"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignfast import files
-from alignfast.files import claim_folder, read_run, replacing, write_json, write_text
+from alignfast.files import check_unused, claim_folder, read_run, replacing, write_json, write_text
 
 RUN = {"attack": "mifgsm", "eps": 8 / 255, "size": (4, 4), "targets": ["a", "b"], "note": None}
 
@@ -106,6 +106,24 @@ def test_permissions_are_what_the_umask_leaves(tmp_path, umask, mask, mode):
     write_text(tmp_path / "a", "x")
     assert (tmp_path / "a").stat().st_mode & 0o777 == mode
     assert umask(mask) == mask
+
+
+def test_the_umask_is_never_touched(tmp_path, monkeypatch):
+    """It is that of the process, so that a thread which set it to read it would change what others write."""
+    monkeypatch.setattr(os, "umask", None)
+    write_text(tmp_path / "a", "x")
+
+
+def test_an_unused_folder_is_told_beforehand(tmp_path):
+    check_unused(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    claim_folder(tmp_path / "new", RUN)
+    check_unused(tmp_path / "new")
+    write_text(tmp_path / "new" / "a", "x")
+    with pytest.raises(ValueError, match="new already holds files"):
+        check_unused(tmp_path / "new")
+    with pytest.raises(ValueError, match="a is a file"):
+        check_unused(tmp_path / "new" / "a")
 
 
 def test_the_folder_must_exist(tmp_path):

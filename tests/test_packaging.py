@@ -137,7 +137,9 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
         record = archive.read(f"alignfast-{declared()['version']}.dist-info/RECORD").decode()
     names = [line.split(",")[0] for line in record.splitlines()]
     assert {name.split("/")[0] for name in names} == {"alignfast", f"alignfast-{declared()['version']}.dist-info"}
-    assert {"alignfast/kernels/__init__.py", "alignfast/bench/run.py"} <= set(names)
+    assert {"alignfast/kernels/__init__.py", "alignfast/bench/run.py", "alignfast/bench/reference/alignment.py"} <= set(
+        names
+    )
     assert {"alignfast/_C.pyi", "alignfast/py.typed"} <= set(names)
     (module,) = (name for name in names if name.startswith("alignfast/_C.") and name.endswith(".so"))
     libraries = ["libalignfast_ops.so", "libalignfast_cuda.so"] if CUDA_PATH.exists() else ["libalignfast_ops.so"]

@@ -20,7 +20,7 @@ SCHEDULES = ("cosine", "constant")
 class AlignConfig:
     """How to align; the defaults are the paper's recipe for a ResNet-50 (Ma et al., ECCV 2024).
 
-    The loss is lambda_kd * (loss of the predictions + sum of weight * loss over `embeddings`) + lambda_cls *
+    The loss is lambda_kd * loss of the predictions + sum of weight * loss over `embeddings` + lambda_cls *
     cross_entropy(source, labels) + lambda_self * KL(source as it was || source).
 
     Args:
@@ -111,7 +111,11 @@ class AlignConfig:
         for embedding in self.embeddings:
             if not isinstance(embedding, EmbeddingLoss):
                 raise ValueError(f"embeddings: got {embedding!r}; allowed are losses such as EMBEDDINGS['rkd']")
-        if not (self.lambda_kd or self.lambda_cls or self.lambda_self):
+        if not (self.needs_witnesses or self.lambda_cls or self.lambda_self):
             raise ValueError("lambda_kd, lambda_cls, lambda_self: got 0 for all; allowed is at least one above 0")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: got True with momentum 0; allowed with a momentum above 0 only")
+
+    @property
+    def needs_witnesses(self) -> bool:
+        return self.lambda_kd > 0 or any(embedding.weight > 0 for embedding in self.embeddings)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,7 +25,7 @@ from alignfast.alignment.cache import WitnessCache
 from alignfast.alignment.config import AlignConfig
 from alignfast.alignment.held_out import MOST_CLEAN, CleanAccuracy, accuracy, device_of, of_this_rank
 from alignfast.alignment.logs import Log
-from alignfast.alignment.run import Run
+from alignfast.alignment.run import Run, share_buffers
 from alignfast.alignment.snapshots import Snapshots
 from alignfast.alignment.stream import Stream, keeping_generators
 from alignfast.alignment.terms import Perturb, terms_of
@@ -106,8 +105,8 @@ def align(
     Raises:
         ValueError: witnesses of other classes, images outside [0, 1] or of another size, a loader without images, a
             source without trainable parameters, `resume` without snapshots or with one of another run.
-            FloatingPointError: a loss that is not finite; the source passed in is then unchanged unless `in_place`,
-            and so are the snapshots.
+            FloatingPointError: a loss or, but for fp16, a gradient that is not finite; the source passed in is then
+            unchanged unless `in_place`, and so are the snapshots.
     """
     config = config or AlignConfig()
     witnesses = [as_classifier(model) for model in (witness if isinstance(witness, Sequence) else [witness])]
@@ -122,25 +121,30 @@ def align(
     _check_held_out(held_out, config)
     kept = list(as_batches(held_out)) if held_out is not None else []
     measured = list(as_batches(clean)) if clean is not None else list(kept)
+    given = of_this_rank(measured)
     first: list[Batch] = []
-    original, model = (model, copy.deepcopy(model)) if not in_place else (copy.deepcopy(model), model)
+    counted: list[tuple[float, int]] = []
+    # Images that training is to read first are counted afterwards only, by the source as it was.
+    original = copy.deepcopy(model) if in_place and not measured else model
+    model = model if in_place else copy.deepcopy(model)
     history = fit(
         model,
         witnesses,
         loader,
         config,
         progress=progress,
+        before=(lambda: counted.append(accuracy(model, given))) if measured else None,
         held_out=kept,
         perturb=perturb,
         cache=cache,
         snapshots=snapshots,
         resume=resume,
         logs=logs,
-        first=first,
+        first=None if measured else first,
     )
     model.eval()
-    images = of_this_rank(measured) if measured else first
-    (before, count), (after, _) = accuracy(original, images), accuracy(model, images)
+    before, count = counted[0] if measured else accuracy(original, first)
+    after, _ = accuracy(model, given if measured else first)
     if checkpoint is not None and main():
         save_checkpoint(model, checkpoint, {"alignfast.config": repr(asdict(config))})
     return AlignResult(model, history, config, CleanAccuracy(before, after, count, bool(measured)))
@@ -153,6 +157,7 @@ def fit(
     config: AlignConfig,
     *,
     progress: bool = False,
+    before: Callable[[], None] | None = None,
     after: Callable[[int], None] | None = None,
     held_out: Sequence[Batch] = (),
     perturb: Perturb | None = None,
@@ -164,8 +169,9 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train `model` in place, as `align` does, and leave its modes and the global generators as they were.
 
-    witnesses: none where config.lambda_kd is 0. after: called with the number of each step, from 1, when it is done.
-    first: takes the first batches, of a few hundred images.
+    witnesses: none where the config needs none. before: called with `model` as it came, when all is checked, also where
+    the run is one that goes on. after: called with the number of each step, from 1, when it is done. first: takes the
+    first batches, of a few hundred images.
     """
     total, ranks = total_steps(loader, config), current()
     loader = _of_rank(loader, ranks)
@@ -193,11 +199,14 @@ def fit(
             model.module = convert_sync_batchnorm(model.module)
         with terms_of(model, witnesses, config, example.images, perturb, cache) as terms, ExitStack() as closing:
             if ranks.world > 1:
-                terms.spread()
+                terms.spread(example.images[:2])
                 torch.manual_seed(stream_seed("rank", config.seed, ranks.rank))
             elif config.compile:
                 terms.compile()
             run = Run(terms, stream, config, total, witnesses, held_out)
+            if before is not None:
+                with keeping_generators(_cuda_devices(model)):
+                    before()
             if state is not None:
                 run.load(state)
             logs = logs if ranks.rank == 0 else ()
@@ -245,7 +254,8 @@ def _steps(
                 due = due or ending or any_rank(snapshots.overdue(written))
             if run.readable or due:
                 entries = run.read()
-                rate = images / (time.monotonic() - began)
+                # Of all ranks, whose parts of a batch differ by one image at most.
+                rate = run.ranks.world * images / (time.monotonic() - began)
                 for log in logs:
                     log.add(entries, rate)
                 advance(len(entries), f"loss {entries[-1]['loss']:.4f}, {rate:.0f} images/s")
@@ -316,10 +326,7 @@ def _recalibrate(model: Classifier, loader: Iterable[Any]) -> None:
         loader.set_epoch(0)
     batches = ([batch.images] for batch in islice(as_batches(loader), RECALIBRATION))
     update_bn(batches, model, device=device_of(model))
-    if current().world > 1:
-        # Of the images of rank 0, since each has seen others.
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    share_buffers(model)
 
 
 def _keeping(batches: Iterator[Batch], first: list[Batch]) -> Iterator[Batch]:

@@ -57,6 +57,8 @@ class Run:
         self._optimizer = _optimizer(self._parameters, config)
         self._schedule = _schedule(self._optimizer, total, config)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        # The scaler leaves out steps whose gradient is not finite, and goes on.
+        self._finite = ("loss",) if self._scaler.is_enabled() else ("loss", "grad_norm")
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -85,7 +87,7 @@ class Run:
         entry = {"step": self.step, "lr": self._optimizer.param_groups[0]["lr"], **sums, "grad_norm": norm}
         if self.device.type == "cpu":
             # Before the update: the weights are then still those of the last good step.
-            _refuse_non_finite(entry, f"batch {batch} of pass {epoch + 1}")
+            _refuse_non_finite(entry, self._finite, f"batch {batch} of pass {epoch + 1}")
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
@@ -120,9 +122,11 @@ class Run:
         """The entries of the steps since the last reading, which are part of the history from now on.
 
         Raises:
-            FloatingPointError: a loss that is not finite.
+            FloatingPointError: a loss or a gradient that is not finite.
         """
         entries = [_read(entry) for entry in self._pending]
+        for entry in entries:
+            _refuse_non_finite(entry, self._finite, "a batch since the last reading")
         self._pending.clear()
         self.history += entries
         return entries
@@ -135,6 +139,7 @@ class Run:
             averaged = self._average.module
             for mine, theirs in zip(self.model.parameters(), averaged.parameters(), strict=True):
                 mine.data.copy_(theirs)
+        share_buffers(self.model)
 
     def state(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Of tensors and plain values alone; all ranks ask for it together. named: what tells this run from others."""
@@ -174,6 +179,7 @@ class Run:
         if not (self._held_out and self._witnesses and due):
             return {}
         model: Any = self.model if self._average is None else self._average.module
+        share_buffers(model)
         proxy = measure(model, self._witnesses, self._held_out, self.config.temperature)
         if self.config.patience is not None:
             if proxy.gradient_cosine > self._best_cosine:
@@ -183,6 +189,15 @@ class Run:
                 self._worse += 1
             self.stopped = self._worse >= self.config.patience
         return {"held_out_kd": proxy.kd, "gradient_cosine": proxy.gradient_cosine}
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0: running statistics are of the images that a rank has seen."""
+    if current().world > 1:
+        for buffer in model.buffers():
+            whole = buffer.contiguous()
+            dist.broadcast(whole, 0)
+            buffer.copy_(whole)
 
 
 def _optimizer(parameters: list[nn.Parameter], config: AlignConfig) -> torch.optim.Optimizer:
@@ -211,13 +226,13 @@ def _schedule(optimizer: torch.optim.Optimizer, total: int, config: AlignConfig)
 def _read(pending: Mapping[str, Any]) -> dict[str, Any]:
     entry: dict[str, Any] = {"cls": None, "kd": None}
     entry |= {name: float(value) if isinstance(value, Tensor) else value for name, value in pending.items()}
-    _refuse_non_finite(entry, "a batch since the last reading")
     return entry
 
 
-def _refuse_non_finite(entry: Mapping[str, Any], where: str) -> None:
-    if not math.isfinite(entry["loss"]):
-        raise FloatingPointError(
-            f"loss: {float(entry['loss'])} at step {entry['step']}, {where}, of learning rate {entry['lr']:.3g}; "
-            "a lower lr or clip_norm may help"
-        )
+def _refuse_non_finite(entry: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        if not math.isfinite(entry[name]):
+            raise FloatingPointError(
+                f"{name}: {float(entry[name])} at step {entry['step']}, {where}, of learning rate {entry['lr']:.3g}; "
+                "a lower lr or clip_norm may help"
+            )

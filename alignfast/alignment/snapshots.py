@@ -85,22 +85,25 @@ class Snapshots:
         Raises:
             ValueError: the state of another run, that is, with another `run` in it, naming what differs.
         """
-        path = on_main(self._newest_whole)
+        whole: list[dict[str, Any]] = []
+        path = on_main(lambda: self._newest_whole(whole))
         if path is None:
             return None
-        state = read_snapshot(path)
+        # The other ranks read for themselves what rank 0 has read and chosen.
+        state = whole[0] if whole else read_snapshot(path)
         differing = differences(state.get("run", {}), run)
         if differing:
             raise ValueError(f"resume: {path} is of another run ({differing}); allowed is the run that wrote it")
         return state
 
-    def _newest_whole(self) -> Path | None:
+    def _newest_whole(self, whole: list[dict[str, Any]]) -> Path | None:
+        """Where it is; its state is added to `whole`."""
         for path in Path(self.folder).glob(".step-*.pt"):
             # Left by a process that was killed while it wrote.
             path.unlink(missing_ok=True)
         for path in self._newest_first():
             try:
-                read_snapshot(path)
+                whole.append(read_snapshot(path))
             except ValueError as error:
                 warnings.warn(f"{error}; the one before it is taken", stacklevel=2)
             else:

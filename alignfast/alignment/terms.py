@@ -80,14 +80,25 @@ class Terms:
     def compile(self) -> None:
         self.run = torch.compile(self.student)
 
-    def spread(self) -> None:
-        """Keep the student equal on all ranks: from here on a backward pass adds up their gradients."""
-        device = next(self.student.parameters()).device
+    def spread(self, example: Tensor) -> None:
+        """Keep the student equal on all ranks: from here on a backward pass adds up their gradients.
+
+        example: [N, C, H, W], of the images to come.
+        """
+        device = example.device
         # Auxiliary heads, whose output has no part in the loss, are never waited for.
         unused = any("aux" in name.lower() for name, _ in self.student.named_parameters())
         places = [device.index] if device.type == "cuda" else None
         self._spread = DistributedDataParallel(self.student, device_ids=places, find_unused_parameters=unused)
         self.run = torch.compile(self._spread) if self._config.compile else self._spread
+        if not unused:
+            # Behind the first of all backward passes gradients are packed in the order in which they came, and so added
+            # up over ranks in another. With a pass for nothing, that is done before the first step of every run, also
+            # of one that goes on.
+            with evaluating(self.student):
+                logits, _, projected = self._spread(example)
+                torch.stack([output.sum() for output in (logits, *projected)]).sum().backward()
+            self.student.zero_grad(set_to_none=True)
 
     def alone(self) -> AbstractContextManager[None]:
         """For a pass whose gradients wait for those of the next."""
@@ -103,7 +114,8 @@ class Terms:
         weighted: list[tuple[float, str, Tensor]] = []
         if self._witnesses is not None:
             taught = self._witnesses.logits(images, None if self._perturbed else batch.indices)
-            weighted.append((config.lambda_kd, "kd", self._output_loss(logits, taught)))
+            if config.lambda_kd:
+                weighted.append((config.lambda_kd, "kd", self._output_loss(logits, taught)))
             if embedding is not None:
                 weighted += self._embedding_losses(embedding, projected, labels)
         if config.lambda_cls:
@@ -133,7 +145,7 @@ class Terms:
         for loss in self._config.embeddings:
             students = projected if loss.projected else [embedding] * len(teachers)
             each = [loss.loss(mine, theirs, labels) for mine, theirs in zip(students, teachers, strict=True)]
-            result.append((self._config.lambda_kd * loss.weight, name_of(loss), torch.stack(each).mean()))
+            result.append((loss.weight, name_of(loss), torch.stack(each).mean()))
         return result
 
 
@@ -156,7 +168,7 @@ def terms_of(
     """
     few = example[:2]
     teachers = None
-    if config.lambda_kd:
+    if config.needs_witnesses:
         teachers = Witnesses(witnesses, precision=config.precision, example=few, cache=cache)
     original = Witnesses([model], precision=config.precision, example=few) if config.lambda_self else None
     with ExitStack() as stack:

@@ -39,12 +39,6 @@ def over_length(grad: Tensor) -> Tensor:
     return torch.where(length > 0, grad / length, 0)
 
 
-def in_range(images: Tensor) -> Tensor:
-    """Clamped to [0, 1], with a derivative of 1 at both ends, where images have many pixels and torch's clamp has 0 in
-    some releases."""
-    return torch.where((images >= 0) & (images <= 1), images, images.detach().clamp(0, 1))
-
-
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
     """[B] in the shape that multiplies rows [B, ...]."""
     return values.reshape(-1, *[1] * (rows.ndim - 1))

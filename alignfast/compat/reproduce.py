@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -25,11 +26,13 @@ from torchvision.transforms import v2
 
 from alignfast.alignment import AlignConfig, align
 from alignfast.alignment.embeddings import EMBEDDINGS
+from alignfast.alignment.held_out import MOST_CLEAN
 from alignfast.attacks import Attack, create
 from alignfast.checks import check_choice, check_count, check_device, hint
-from alignfast.data import Batch, ImageDataset, augmented, load_dataset, loader
+from alignfast.data import Batch, ImageDataset, Loader, augmented, load_dataset, loader
 from alignfast.data.images import pixels_of, to_pil, to_pixels, to_tensor
 from alignfast.data.views import stream_seed
+from alignfast.distributed import current, gather, main, on_main, process_group
 from alignfast.evaluation.matrix import errors_of
 from alignfast.evaluation.matrix_result import Cell, TransferMatrix, rate_text
 from alignfast.files import claim_folder, replacing, write_json, write_text
@@ -77,7 +80,8 @@ def reproduce(arguments: Sequence[str]) -> None:
     """Run with the arguments of the authors' main.py; --help prints them.
 
     Writes into --output_dir: config.json, result.json, history.jsonl of an alignment, and with --save_modified_model
-    model/final_model.pt and model/final_model.safetensors.
+    model/final_model.pt and model/final_model.safetensors. Among processes that torchrun started, each takes its part
+    of every batch that is trained on, and whole batches of what is measured; rank 0 writes and prints.
 
     Raises:
         ValueError, FileNotFoundError: unknown arguments, models or values, files that are missing or do not fit, or a
@@ -89,24 +93,29 @@ def reproduce(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     config = None if args.eval_arch else config_of(args)
     args.device = str(check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    with process_group(args.device):
+        _reproduce(args, config)
+
+
+def _reproduce(args: argparse.Namespace, config: AlignConfig | None) -> None:
     models = {role: load(role, args) for role in roles(args)}
     source = models["eval" if args.eval_arch else "source"]
     _check_classes(models, source)
     train = None if config is None else _verified(load_dataset(Path(args.data_dir) / "train", **_classes(source)))
     val = _validation(args, source) if args.eval_standard or args.eval_whitebox or args.eval_transfer else None
     attack = attack_of(args, source)
-    folder = claim_folder(
-        args.output_dir, {"command": "reproduce", **vars(args), "versions": package_versions()}, resume=True
-    )
+    run_with = {"command": "reproduce", **vars(args), "versions": package_versions()}
+    folder = on_main(lambda: claim_folder(args.output_dir, run_with, resume=True))
     _note_processes(args)
     result: dict[str, Any] = {"loss": None, "loss_cls": None, "loss_align": None}
     if config is not None and train is not None:
-        result |= _aligned(args, config, source, models["witness"], train, folder)
+        result |= _aligned(args, config, source, models["witness"], train, val, folder)
     result |= {"test-err": None, "whitebox-err": None}
     if val is not None:
         result |= _measured(args, source, models.get("target"), val, attack)
-    write_json(folder / "result.json", result | {"versions": package_versions()})
-    print(folder / "result.json")
+    if main():
+        write_json(folder / "result.json", result | {"versions": package_versions()})
+        print(folder / "result.json")
 
 
 def qualified(
@@ -155,24 +164,42 @@ def transfer(
 ) -> Transfer:
     """Attack source and target on batch after batch, until more than `enough` images qualify or there are no more.
 
-    attacks: on the source and on the target.
+    batches: of this rank, as `Loader.deal` gives them; what is returned is of those of all ranks, as one process would
+    see them. attacks: on the source and on the target.
     """
     parts: list[Transfer] = []
     count = 0
-    with evaluating(source, target), progress("transfer", enough, "qualified images") as advance:
-        for batch in batches:
-            labels, both = batch.labels, [source, target]
-            right = ~errors_of(source, both, [batch], None, labels)
-            fooled = errors_of(source, both, [batch], attacks[0], labels)
-            (target_fooled,) = errors_of(target, [target], [batch], attacks[1], labels)
-            counted = qualified(right[0], right[1], fooled[0], target_fooled, parity=parity)
-            parts.append(Transfer(counted, fooled[1], right[1], fooled[0]))
-            count += int(counted.sum())
-            advance(int(counted.sum()), "")
+    with evaluating(source, target), progress("transfer", enough, "qualified images", shown=main()) as advance:
+        for part in _in_turn(_attacked(source, target, batch, attacks, parity) for batch in batches):
+            parts.append(part)
+            count += int(part.counted.sum())
+            advance(int(part.counted.sum()), "")
             if count > enough:
                 break
     columns = zip(*((part.counted, part.fooled, part.target_right, part.source_fooled) for part in parts), strict=True)
     return Transfer(*(np.concatenate(column) for column in columns))
+
+
+def _attacked(
+    source: Classifier, target: Classifier, batch: Batch, attacks: tuple[Attack, Attack], parity: bool
+) -> Transfer:
+    labels, both = batch.labels, [source, target]
+    right = ~errors_of(source, both, [batch], None, labels)
+    fooled = errors_of(source, both, [batch], attacks[0], labels)
+    (target_fooled,) = errors_of(target, [target], [batch], attacks[1], labels)
+    counted = qualified(right[0], right[1], fooled[0], target_fooled, parity=parity)
+    return Transfer(counted, fooled[1], right[1], fooled[0])
+
+
+def _in_turn(own: Iterable[Transfer]) -> Iterator[Transfer]:
+    """Those of all ranks on every rank, in the order of the batches that were dealt to them; the ranks do one each,
+    and then wait for each other."""
+    remaining = iter(own)
+    while True:
+        found = [part for part in gather(next(remaining, None)) if part is not None]
+        if not found:
+            return
+        yield from found
 
 
 @dataclass(frozen=True)
@@ -218,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
     for name, kind, value in (("world-size", int, -1), ("rank", int, -1), ("dist-backend", str, "nccl")):
         add(f"--{name}", type=kind, default=value, help="without effect")
     add("--dist-url", default="tcp://224.66.41.62:23456", help="without effect")
-    add("--multiprocessing-distributed", action="store_true", help="without effect: one device does the whole batch")
+    add("--multiprocessing-distributed", action="store_true", help="without effect: torchrun starts several processes")
     add("--device", help="not of the authors: cpu, cuda or cuda:N; a GPU if there is one")
     add("--image_size", type=int, default=224, help="not of the authors: side of the images")
     add("--faithful-quirks", action="store_true", help="the released mask of qualified images, and no autocast")
@@ -289,11 +316,12 @@ def config_of(args: argparse.Namespace) -> AlignConfig:
         raise ValueError(f"lr_warmup_epoch: got {args.lr_warmup_epoch}; allowed is 0")
     check_choice("method", args.method, ("kl", *EMBEDDINGS))
     schedules: dict[str, Literal["cosine", "constant"]] = {"cosine": "cosine", "fixed": "constant"}
-    # As there, what begins with sgd is SGD.
+    # As there, what begins with sgd is SGD, and lambda_kd is of both parts of what teaches.
+    embedding = EMBEDDINGS.get(args.method)
     optimizer = "sgd" if args.optim.startswith("sgd") else check_choice("optim", args.optim, ("sgd", "adamw"))
     return AlignConfig(
         temperature=args.kl_temp,
-        embeddings=() if args.method == "kl" else (EMBEDDINGS[args.method],),
+        embeddings=() if embedding is None else (replace(embedding, weight=args.lambda_kd * embedding.weight),),
         lambda_kd=args.lambda_kd,
         lambda_cls=args.lambda_cls,
         optimizer=cast(Literal["sgd", "adamw"], optimizer),
@@ -391,7 +419,7 @@ def _classes(model: Classifier) -> dict[str, Any]:
 
 def _verified(dataset: ImageDataset) -> ImageDataset:
     if len(dataset) <= MOST_VERIFIED:
-        dataset.verify()
+        on_main(dataset.verify)
     return dataset
 
 
@@ -410,8 +438,8 @@ def attack_of(args: argparse.Namespace, model: Classifier) -> Attack:
 
 
 def _note_processes(args: argparse.Namespace) -> None:
-    if args.multiprocessing_distributed or args.world_size > 1:
-        print("note: one process and device does the whole batch, whatever the world size", file=sys.stderr)
+    if (args.multiprocessing_distributed or args.world_size > 1) and current().world == 1:
+        print("note: one process does the whole batch, whatever the world size; torchrun starts more", file=sys.stderr)
 
 
 def _aligned(
@@ -420,20 +448,27 @@ def _aligned(
     source: Classifier,
     witness: Classifier,
     train: ImageDataset,
+    val: Subset[Any] | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Align the source in place, write history and weights, and give the mean losses over steps."""
+    """Align the source in place, write history and weights, and give the mean losses over steps and the clean accuracy
+    before and after, on the first images of `val`, or else of those trained on."""
     views = augmented(train, (args.image_size, args.image_size), scale=(0.08, 1.0), seed=args.seed)
-    batches = loader(views, args.batch_size, shuffle=True, seed=args.seed, workers=args.workers)
-    history = align(source, witness, batches, config, in_place=True, progress=True).history
-    write_text(folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-    if args.save_modified_model:
+    # A last batch that does not have an image for every rank is left out.
+    short = 0 < len(train) % args.batch_size < current().world
+    batches = loader(views, args.batch_size, shuffle=True, seed=args.seed, workers=args.workers, drop_last=short)
+    clean = None if val is None else islice(loader(val, EVALUATION_BATCH), MOST_CLEAN // EVALUATION_BATCH)
+    found = align(source, witness, batches, config, in_place=True, clean=clean, progress=True)
+    history = found.history
+    if main():
+        write_text(folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+    if main() and args.save_modified_model:
         _save(source, folder / "model", {"source": args.source_arch, "witness": args.witness_arch})
     means = {}
     for ours, theirs in (("loss", "loss"), ("cls", "loss_cls"), ("kd", "loss_align")):
         values = [entry[ours] for entry in history if entry[ours] is not None]
         means[theirs] = sum(values) / len(values) if values else None
-    return means | {"alignment": asdict(config)}
+    return means | {"alignment": asdict(config) | {"processes": current().world}, "clean": asdict(found.clean)}
 
 
 def _save(model: Classifier, folder: Path, metadata: dict[str, str]) -> None:
@@ -459,28 +494,37 @@ def _measured(
 
 
 def _error(name: str, args: argparse.Namespace, model: Classifier, val: Subset[Any], attack: Attack | None) -> float:
-    batches = loader(val, EVALUATION_BATCH, workers=args.workers)
+    ranks, batches = current(), _dealt(args, val)
     labels = cast(ImageDataset, val.dataset).labels[torch.tensor(val.indices)]
-    with evaluating(model), progress(name, len(batches), "batches") as advance:
-        (wrong,) = errors_of(model, [model], batches, attack, labels, advance)
-    error = 100 * float(wrong.mean())
-    print(f" *  {name}: {error:.2f}")
+    own = torch.cat([labels[:0], *labels.split(EVALUATION_BATCH)[ranks.rank :: ranks.world]])
+    with evaluating(model), progress(name, len(batches), "batches", shown=main()) as advance:
+        (wrong,) = errors_of(model, [model], batches, attack, own, advance)
+    error = 100 * (sum(gather(int(wrong.sum()))) / len(labels))
+    if main():
+        print(f" *  {name}: {error:.2f}")
     return error
+
+
+def _dealt(args: argparse.Namespace, val: Subset[Any]) -> Loader:
+    """Whole batches, so that what is measured of them does not depend on the number of ranks."""
+    ranks = current()
+    return loader(val, EVALUATION_BATCH, workers=args.workers).deal(ranks.rank, ranks.world)
 
 
 def _transferred(
     args: argparse.Namespace, source: Classifier, target: Classifier, val: Subset[Any], attack: Attack
 ) -> dict[str, Any]:
     enough = DEBUG_QUALIFIED if args.debug else args.num_eval
-    batches = loader(val, EVALUATION_BATCH, workers=args.workers)
     attacks = (attack, attack_of(args, target))
-    seen = transfer(source, target, batches, attacks, enough, parity=args.faithful_quirks)
+    seen = transfer(source, target, _dealt(args, val), attacks, enough, parity=args.faithful_quirks)
     cell = seen.cell(args.eval_arch or args.source_arch, args.atk, args.target_arch)
     images = len(seen.counted)
     if cell.n == 0:
-        print(f" *  {args.target_arch}: none of {images} images is qualified, so there is no transfer error")
+        said = f"none of {images} images is qualified, so there is no transfer error"
     else:
-        print(f" *  {args.target_arch}: {rate_text(cell.rate, cell.low, cell.high)} of {cell.n} qualified images")
+        said = f"{rate_text(cell.rate, cell.low, cell.high)} of {cell.n} qualified images"
+    if main():
+        print(f" *  {args.target_arch}: {said}")
     mask = "parity" if args.faithful_quirks else "conjunction"
     detail = TransferMatrix((cell,)).to_dict()["cells"][0] | {"images": images, "mask": mask}
     detail["parameters"] = attack.parameters()

@@ -124,7 +124,9 @@ class ImageDataset(Dataset[Sample]):
                     raise ValueError(_sizes((0, first), (index, shape)))
 
     def _shape(self, index: int) -> torch.Size:
-        return self.original(index).shape
+        # Resizing and cutting what was decoded takes longer than decoding, and cannot fail.
+        shape = self.read(index).shape
+        return shape if self.image_size is None else torch.Size((shape[0], *self.image_size))
 
 
 def load_dataset(

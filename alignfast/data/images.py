@@ -1,4 +1,8 @@
-"""8-bit images: decoding, resizing and cropping without ever leaving the 8-bit grid."""
+"""8-bit images: decoding, resizing and cropping without ever leaving the 8-bit grid.
+
+One image is worked on by NumPy and Pillow: threads do it beside a computation, and in each of them an op of torch
+would start threads of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from alignfast.checks import check_images
 Pixels = NDArray[np.uint8]  # [H, W, C]
 
 MODES = {1: "L", 3: "RGB"}
+
+# That read or write images beside a computation, which wants the cores too.
+THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 EXACT = 1e-3  # of a level: far above the rounding of k / 255 in fp32, far below half a level
 
@@ -70,18 +77,17 @@ def fit(pixels: Pixels, size: tuple[int, int], crop_pct: float) -> Pixels:
 
 def to_tensor(pixels: Pixels) -> Tensor:
     """uint8 [H, W, C] to uint8 [C, H, W]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def to_pixels(image: Tensor) -> Pixels:
     """uint8 [C, H, W] to uint8 [H, W, C]."""
-    pixels: Pixels = image.permute(1, 2, 0).contiguous().numpy()
-    return pixels
+    return np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 of any shape to float32 in [0, 1]: exactly k / 255 in fp32."""
-    return image.to(torch.float32).div_(255)
+    """uint8 of any shape, on the CPU, to float32 in [0, 1]: exactly k / 255 in fp32."""
+    return torch.from_numpy(np.divide(image.numpy(), np.float32(255), dtype=np.float32))
 
 
 def eight_bit(images: Tensor) -> Tensor:

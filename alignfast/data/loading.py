@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice, pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from alignfast.checks import check_count, check_images
 from alignfast.data.datasets import stack
+from alignfast.data.images import THREADS
 from alignfast.data.views import stream_seed
 
 T = TypeVar("T")
@@ -25,6 +27,11 @@ class Batch(NamedTuple):
     labels: Tensor
     indices: Tensor
 
+    def filled(self, count: int) -> Batch:
+        """At least `count` images, of which those beyond the batch's own are its first one again."""
+        missing = max(0, count - len(self.images))
+        return Batch(*(torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) for rows in self))
+
 
 class Loader:
     """Batches of a data set, in an order that is a pure function of (seed, epoch); made by `loader`.
@@ -34,7 +41,7 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, *, shuffle: bool, seed: int, workers: int, drop_last: bool
+        self, dataset: Any, batch_size: int, *, shuffle: bool, seed: int, workers: int, ahead: bool, drop_last: bool
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -42,6 +49,7 @@ class Loader:
         self._seed = seed
         self._epoch = 0
         self._workers = workers
+        self._ahead = ahead
         self._drop_last = drop_last
         self._rank, self._world, self._whole = 0, 1, False
 
@@ -120,7 +128,7 @@ class Loader:
 
     def _indexed(self, order: list[_Part[int]]) -> Iterator[Batch]:
         if self._workers == 0:
-            yield from (_read(self.dataset, part) for part in order)
+            yield from _ahead(self.dataset, order) if self._ahead else (_read(self.dataset, part) for part in order)
             return
         # A generator of its own: a DataLoader takes its workers' base seed from the global one otherwise.
         batches: DataLoader[Any] = DataLoader(
@@ -147,6 +155,7 @@ def loader(
     shuffle: bool = False,
     seed: int = 0,
     workers: int = 0,
+    ahead: bool = False,
     drop_last: bool = False,
 ) -> Loader:
     """Batches of `dataset`, with the data-set index of every image.
@@ -159,6 +168,8 @@ def loader(
         shuffle: a new order for every epoch; not for an iterable.
         seed: of the order, at least 0.
         workers: processes that read; 0 reads in this one. Batches are the same either way.
+        ahead: without workers, threads read the next batch while the last one is in use. For an indexable data set
+            that threads may read at the same time, as those of `load_dataset` without a `transform`.
         drop_last: leave out a smaller last batch.
 
     Raises:
@@ -170,10 +181,10 @@ def loader(
     if is_stream(dataset):
         if not isinstance(dataset, Iterable):
             raise ValueError(f"dataset: got {type(dataset).__name__}; allowed is an indexable or iterable data set")
-        for name, value in (("shuffle", shuffle), ("workers", workers)):
+        for name, value in (("shuffle", shuffle), ("workers", workers), ("ahead", ahead)):
             if value:
                 raise ValueError(f"{name}: got {value}; an iterable data set is read in its own order, by one process")
-    return Loader(dataset, batch_size, shuffle=shuffle, seed=seed, workers=workers, drop_last=drop_last)
+    return Loader(dataset, batch_size, shuffle=shuffle, seed=seed, workers=workers, ahead=ahead, drop_last=drop_last)
 
 
 def as_batches(batches: Iterable[Any]) -> Iterator[Batch]:
@@ -244,6 +255,19 @@ def _as_it_is(fetched: Any) -> Any:
 
 def _read(dataset: Any, part: _Part[int]) -> Batch:
     return _collate(_Part([(index, dataset[index]) for index in part.items], part.empty))
+
+
+def _ahead(dataset: Any, order: list[_Part[int]]) -> Iterator[Batch]:
+    pool = ThreadPoolExecutor(THREADS)
+    begun = (
+        _Part([(index, pool.submit(dataset.__getitem__, index)) for index in part.items], part.empty) for part in order
+    )
+    try:
+        # Each pair is given when its second is begun, and the last batch has one to be given with.
+        for part, _ in pairwise(chain(begun, [_Part([])])):
+            yield _collate(_Part([(index, sample.result()) for index, sample in part.items], part.empty))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _collate(part: _Part[tuple[int, Any]]) -> Batch:

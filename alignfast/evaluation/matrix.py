@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 import numpy as np
@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alignfast.attacks import Attack, create
-from alignfast.checks import check_labels
+from alignfast.checks import check_choice, check_labels
 from alignfast.data import Batch, as_batches
 from alignfast.distributed import main, on_main
 from alignfast.evaluation.matrix_result import Cell, Comparison, TransferMatrix
-from alignfast.evaluation.shares import Shares, shares_of
+from alignfast.evaluation.shares import Shares, form_of, prepared_alike, shares_of
 from alignfast.evaluation.statistics import paired
 from alignfast.files import replacing
 from alignfast.models import Classifier, as_classifier, evaluating, fingerprint, fit_size
+from alignfast.models.preparation import Precision
 from alignfast.progress import Advance
 from alignfast.progress import progress as show_progress
 from alignfast.versions import package_versions
@@ -42,6 +43,7 @@ def transfer_matrix(
     *,
     qualified: bool = False,
     baseline: str | None = None,
+    precision: Precision | None = None,
     parts: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> TransferMatrix:
@@ -63,23 +65,29 @@ def transfer_matrix(
         data: batches (images, labels[, indices]) in the same order every time they are iterated.
         baseline: the source that the others are compared with, image by image (McNemar); if None, "vanilla", or else
             the first source.
+        precision: in which `prepare` makes a copy of each source for the attacks; None attacks the sources as they are
+            given. Whether an image fools a source or a target, and the attacks on targets, are always of the models as
+            given. "fp32" differs from None by rounding, and "auto" measures what is fastest.
         parts: a folder in which the outcome of each attack is kept, to be taken from there by a later call with the
-            same attack, models and labels under the same names; the images are taken to be the same.
+            same attack, models, precision and labels under the same names; the images are taken to be the same.
         progress: show progress on standard error.
 
     Returns:
         Per cell the rate with its Wilson 95 % interval, the target's clean accuracy and the source's own error rate
-        (white box), both over all images; and the paired comparisons.
+        (white box), both over all images; and the paired comparisons. Its configuration has the precision, and the
+        form of each source that was prepared.
 
     Raises:
-        ValueError: an unknown attack or parameter, an empty mapping, labels outside the classes, data that are empty
-            or change their order; before any attack runs.
+        ValueError: an unknown attack, parameter or precision, an empty mapping, labels outside the classes, data that
+            are empty or change their order; before any attack runs.
     """
     for name, mapping in (("sources", sources), ("targets", targets), ("attacks", attacks)):
         if not mapping:
             raise ValueError(f"{name}: got none; allowed is at least one")
     if baseline is not None and baseline not in sources:
         raise ValueError(f"baseline: got {baseline!r}; allowed is one of {', '.join(sources)}")
+    if precision is not None:
+        check_choice("precision", precision, get_args(Precision))
     baseline = baseline or ("vanilla" if "vanilla" in sources else next(iter(sources)))
     # One wrapper for each module, so that a model in several roles is one model.
     wrapped = {id(model): as_classifier(model) for model in (*sources.values(), *targets.values())}
@@ -96,6 +104,8 @@ def transfer_matrix(
     for role, group in models.items():
         for name, model in group.items():
             check_labels(f"data's labels for {role} {name}", measured.labels, len(measured.labels), model.num_classes)
+    if precision is not None:
+        jobs = _prepared(jobs, attacks, data, precision)
     with evaluating(*everyone), show_progress("transfer", total, "batches", shown=progress and main()) as tick:
         for model in everyone:
             own = errors_of(model, [model], shares.own, None, shares.own_labels, tick)
@@ -108,18 +118,31 @@ def transfer_matrix(
         # Tensors, as images to mix in, are told by the attack in few words.
         if isinstance(spec, Mapping) and not any(isinstance(value, Tensor) for value in spec.values()):
             described[name] = dict(spec)
-    return _assemble(models, {name: described[name] for name in attacks}, measured, qualified, baseline)
+    config = {
+        "protocol": "qualified" if qualified else "all",
+        "baseline": baseline,
+        "precision": precision,
+        "forms": {job.name: job.form for job in jobs if job.form is not None},
+        "images": len(measured.labels),
+        "attacks": {name: described[name] for name in attacks},
+        **{f"{role}s": {name: fingerprint(model) for name, model in group.items()} for role, group in models.items()},
+    }
+    return _assemble(models, config, measured, qualified)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """An attack to run: on a source, or for the qualified protocol on a target."""
+    """An attack to run: on a source, or for the qualified protocol on a target.
+
+    model: as given. form: of the copy of it that is attacked; None where that is the model itself.
+    """
 
     role: str
     name: str
     attack_name: str
     model: Classifier
     attack: Attack
+    form: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -130,7 +153,7 @@ class _Job:
         """What decides the outcome, as text."""
         prints = [fingerprint(model) for model in (self.model, *judges)]
         digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-        return json.dumps([self.attack.parameters(), prints, digest])
+        return json.dumps([self.attack.parameters(), prints, digest, self.form])
 
 
 @dataclass(frozen=True)
@@ -191,6 +214,24 @@ def _jobs(
     ]
 
 
+def _prepared(
+    jobs: list[_Job], attacks: Mapping[str, AttackSpec], data: Iterable[Any], precision: Precision
+) -> list[_Job]:
+    """The same jobs, those on sources on copies prepared for the first batch."""
+    batch = next(as_batches(data))
+    copies: dict[int, Classifier] = {}
+    changed = []
+    for job in jobs:
+        if job.role == "source":
+            if id(job.model) not in copies:
+                images = fit_size(_on_device(batch, job.model).images, job.model)
+                copies[id(job.model)] = prepared_alike(job.model, images, precision)
+            copy = copies[id(job.model)]
+            job = replace(job, attack=_attack(attacks[job.attack_name], copy), form=form_of(copy))
+        changed.append(job)
+    return changed
+
+
 def _attack(spec: AttackSpec, model: Classifier) -> Attack:
     if callable(spec):
         return spec(model)
@@ -248,14 +289,13 @@ def _device(model: nn.Module) -> torch.device:
 
 def _assemble(
     models: Mapping[str, Mapping[str, Classifier]],
-    attacks: Mapping[str, Mapping[str, Any]],
+    config: dict[str, Any],
     measured: _Measured,
     qualified: bool,
-    baseline: str,
 ) -> TransferMatrix:
-    sources, targets = models["source"], models["target"]
+    sources, targets, baseline = models["source"], models["target"], config["baseline"]
     cells, comparisons = [], []
-    for attack in attacks:
+    for attack in config["attacks"]:
         for row, target in enumerate(targets, 1):
             judged = {source: _counted(models, measured, source, attack, target, qualified, row) for source in sources}
             for source, (fooled, counts) in judged.items():
@@ -268,14 +308,6 @@ def _assemble(
                     both = counts & judged[baseline][1]
                     result = paired(judged[baseline][0][both], fooled[both])
                     comparisons.append(Comparison.of(baseline, source, attack, target, result))
-    config = {
-        "protocol": "qualified" if qualified else "all",
-        "baseline": baseline,
-        "images": len(measured.labels),
-        "attacks": attacks,
-        "sources": {name: fingerprint(model) for name, model in sources.items()},
-        "targets": {name: fingerprint(model) for name, model in targets.items()},
-    }
     return TransferMatrix(tuple(cells), tuple(comparisons), config, package_versions())
 
 

@@ -1,4 +1,4 @@
-"""Which images each rank attacks and measures, and the outcomes of all of them together."""
+"""Which images each rank attacks and measures, by a source prepared alike, and the outcomes of all of them together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignfast.data import Batch, Loader, as_batches
-from alignfast.distributed import Ranks, current, gather
+from alignfast.distributed import Ranks, current, gather, on_main
+from alignfast.models import Classifier, prepare
+from alignfast.models.preparation import Precision, Preparation
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ def shares_of(data: Iterable[Any]) -> Shares:
     positions = tuple(_joined(places[rank :: ranks.world]) for rank in range(ranks.world))
     batches = len(turns[ranks.rank :: ranks.world])
     return Shares(own, batches, torch.from_numpy(_joined(turns)), positions)
+
+
+def prepared_alike(model: Classifier, images: Tensor, precision: Precision, *, compiled: bool = False) -> Classifier:
+    """`prepare` with an example that all ranks have, in the form that rank 0 finds where the precision is "auto"."""
+    found: Precision | Preparation | None = precision
+    if precision == "auto" and current().world > 1:
+        found = on_main(lambda: prepare(model, images, "auto", compiled=compiled).preparation)
+    assert found is not None
+    return prepare(model, images, found, compiled=compiled)
+
+
+def form_of(prepared: Classifier) -> str:
+    """How the passes of a prepared model are computed; of an ensemble, those of each member."""
+    return "; ".join(str(one.preparation.form) for one in prepared.members if one.preparation is not None)
 
 
 @dataclass(frozen=True)

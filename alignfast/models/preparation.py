@@ -29,8 +29,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FAITHFUL = 0.95
 # What timm's attention layers are told by whether to use torch's fused kernels.
 FUSED = "fused_attn"
-# Images of the example that are shown to forms when they are compared.
-MOST_SHOWN = 8
+# Images of the example that are shown to forms when they are compared, and on which a model is folded.
+MOST_SHOWN, FEWEST_SHOWN = 8, 2
 # Rounds in which those forms are timed that the first round left within this factor of the fastest.
 ROUNDS, STILL_IN_THE_RACE = 3, 1.25
 
@@ -96,7 +96,9 @@ class Preparation:
         return "\n".join(lines)
 
 
-def prepare(model: nn.Module, images: Tensor, precision: Precision = "auto", *, compiled: bool = False) -> Classifier:
+def prepare(
+    model: nn.Module, images: Tensor, precision: Precision | Preparation = "auto", *, compiled: bool = False
+) -> Classifier:
     """A copy of `model` for attacks and evaluation: weights frozen, batch normalisations folded, the fastest layout.
 
     Images go in as they are, float32 [N, C, H, W] in [0, 1], and logits come out in float32; normalisation is in
@@ -113,9 +115,10 @@ def prepare(model: nn.Module, images: Tensor, precision: Precision = "auto", *, 
     Args:
         model: anything that maps images to logits; not changed.
         images: an example, float32 on the model's device.
-        precision: "fp32", "bf16", "fp16" or "auto".
-        compiled: compile the passes by torch.compile for static shapes; "auto" then measures forms with it and
-            without. On a CPU it is mostly slower, and each further shape costs minutes.
+        precision: "fp32", "bf16", "fp16" or "auto"; or what an earlier call chose for this model, its `preparation`.
+        compiled: compile the passes by torch.compile for static shapes, those of the example first; "auto" then
+            measures forms with it and without, on the whole example. On a CPU it is mostly slower, and each shape costs
+            a minute or more.
 
     Raises:
         ValueError: an unknown precision, images that the model does not take, or a model that does not run on them in
@@ -124,35 +127,39 @@ def prepare(model: nn.Module, images: Tensor, precision: Precision = "auto", *, 
     Warns:
         RuntimeWarning: the device computes this precision in software, which is far slower than fp32.
     """
-    check_choice("precision", precision, ("auto", *DTYPES))
+    chosen = precision if isinstance(precision, Preparation) else None
+    name = check_choice("precision", NAMES[chosen.form.dtype] if chosen else str(precision), ("auto", *DTYPES))
     source = as_classifier(model)
     check_images("images", images)
     source.check_shape(images)
     if type(source) is Ensemble:
-        members = [prepare(member, images, precision, compiled=compiled) for member in source.members]
-        ensemble = Ensemble(members, source.combine).eval().requires_grad_(False)
-        chosen = tuple(member.preparation for member in members if member.preparation is not None)
-        ensemble.preparation = Preparation(chosen[0].form, members=chosen)
-        return ensemble
-    dtypes = [DTYPES[precision]] if precision != "auto" else _fast_dtypes(images.device)
+        parts = chosen.members if chosen else [precision] * len(source.members)
+        each = zip(source.members, parts, strict=True)
+        return _together(source, [prepare(member, images, part, compiled=compiled) for member, part in each])
+    dtypes = [DTYPES[name]] if name != "auto" else _fast_dtypes(images.device)
     if not _in_hardware(dtypes[0], images.device):
-        warnings.warn(
-            f"precision: {images.device} computes {precision} in software, far slower than fp32",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    with _refusing(precision, images.device):
-        base = _base(source, images[:MOST_SHOWN])
-    if precision != "auto":
-        prepared = shaped(base, replace(form_in(base, dtypes[0]), compiled=compiled))
-        _pass(prepared, images[:MOST_SHOWN], precision)
-        return prepared
-    key = (fingerprint(source), tuple(images.shape), str(images.device), torch.get_num_threads(), compiled)
-    if key not in _CHOSEN:
-        _CHOSEN[key] = _measured(source, base, _forms(base, dtypes, compiled), images[:MOST_SHOWN])
-    prepared = shaped(base, _CHOSEN[key].form)
-    prepared.preparation = _CHOSEN[key]
+        text = f"precision: {images.device} computes {name} in software, far slower than fp32"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    with _refusing(name, images.device):
+        base = _base(source, images[:FEWEST_SHOWN])
+    if name == "auto":
+        key = (fingerprint(source), tuple(images.shape), str(images.device), torch.get_num_threads(), compiled)
+        if key not in _CHOSEN:
+            shown = images if compiled else images[:MOST_SHOWN]
+            _CHOSEN[key] = _measured(source, base, _forms(base, dtypes, compiled), shown)
+        chosen = _CHOSEN[key]
+    prepared = shaped(base, chosen.form if chosen else replace(form_in(base, dtypes[0]), compiled=compiled))
+    if name != "auto":
+        _pass(prepared, images if compiled else images[:1], name)
+    prepared.preparation = chosen or prepared.preparation
     return prepared
+
+
+def _together(source: Ensemble, members: Sequence[Classifier]) -> Ensemble:
+    ensemble = Ensemble(members, source.combine).eval().requires_grad_(False)
+    chosen = tuple(member.preparation for member in members if member.preparation is not None)
+    ensemble.preparation = Preparation(chosen[0].form, members=chosen)
+    return ensemble
 
 
 # What "auto" found, for the life of the process.

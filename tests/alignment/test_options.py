@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,16 @@ def test_embedding_losses_join_the_divergence(name: str) -> None:
     assert entry[key] > 0
 
 
+def test_embedding_losses_alone() -> None:
+    both = run(config_of(embeddings=(RKD(weight=0.3),), steps=1)).history[0]
+    alone = run(config_of(embeddings=(RKD(weight=0.3),), lambda_kd=0.0, steps=1)).history[0]
+    assert alone["kd"] is None
+    assert alone["rkd"] == both["rkd"]
+    assert alone["loss"] == pytest.approx(0.3 * alone["rkd"], rel=1e-6)
+    with pytest.raises(ValueError, match="got 0 for all"):
+        config_of(embeddings=(RKD(weight=0.0),), lambda_kd=0.0)
+
+
 def test_an_embedding_loss_by_hand() -> None:
     """Of two witnesses, one of which is wider, so that a projection leads there."""
     source, images = classifier(0), batches()[0][0]
@@ -220,6 +231,44 @@ def test_clean_accuracy_before_and_after() -> None:
     assert (result.clean.n, result.clean.given) == (40, True)
     trained = run(config_of()).clean
     assert (trained.n, trained.given) == (STEPS * BATCH, False)
+    images, labels = (torch.cat(both) for both in zip(*batches(), strict=True))
+    assert trained.before == pytest.approx(float((classifier(0).eval()(images).argmax(1) == labels).float().mean()))
+    for options in ({"clean": clean}, {}):
+        given = run(config_of(lr=0.2), **options).clean
+        assert run(config_of(lr=0.2), in_place=True, **options).clean == given
+        assert given.before != given.after
+
+
+def test_no_copy_of_a_source_that_is_aligned_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless accuracy before is that on images that training reads."""
+    source, copied = classifier(0), []
+    plain = copy.deepcopy
+
+    def deepcopy(what: Any, *memo: Any) -> Any:
+        if what is source:
+            copied.append(what)
+        return plain(what, *memo)
+
+    monkeypatch.setattr(copy, "deepcopy", deepcopy)
+    run(config_of(steps=2), source=source, in_place=True, clean=batches(1))
+    run(config_of(steps=2), source=source, in_place=True, held_out=batches(1))
+    assert not copied
+    run(config_of(steps=2), source=source, clean=batches(1))
+    assert len(copied) == 1
+    run(config_of(steps=2), source=source, in_place=True)
+    assert len(copied) == 2
+
+
+def test_nothing_is_counted_before_all_is_checked() -> None:
+    source, calls = classifier(0), []
+    source.module.register_forward_hook(lambda *_: calls.append(1))
+    for data, message in (
+        ([], "loader: holds no batch"),
+        ([(torch.rand(2, 3, 8, 8) - 1, torch.zeros(2).long())], "span"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            align(source, classifier(11), data, config_of(), clean=batches(1))
+    assert not calls
 
 
 def test_every_step_is_logged(tmp_path: Path) -> None:
@@ -229,14 +278,23 @@ def test_every_step_is_logged(tmp_path: Path) -> None:
 
 
 def test_scalars_for_tensorboard(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     result = run(config_of(), logs=[TensorBoard(tmp_path)])
-    events = accumulator.EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
     assert [value for _, value in found] == pytest.approx([entry["loss"] for entry in result.history])
     assert len(events.Scalars("images/s")) == STEPS
+
+
+def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"tensorboard: not installed; pip install 'alignfast\[tensorboard\]'"
+    ):
+        TensorBoard(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"channels_last": True}, {"compile": True}])

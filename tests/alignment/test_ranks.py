@@ -14,7 +14,7 @@ import torch
 from alignfast.alignment import AlignResult, Snapshots, align
 from alignfast.alignment.logs import JsonLines
 from alignfast.data import augmented, load_dataset, loader
-from alignfast.distributed import barrier, current, process_group
+from alignfast.distributed import barrier, current, gather, process_group
 from alignfast.models import save_checkpoint
 from tests.alignment.test_align import SIDE, classifier, config_of
 from tests.test_distributed import ended, free_ports, started
@@ -65,6 +65,10 @@ def work(folder: Path) -> None:
         assert resumed.history == whole.history
         for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(one, other)
+        moved = align(classifier(0), classifier(11), data(folder, 12), config_of(), clean=held_out(folder))
+        first, *others = gather(moved.model.state_dict())
+        # Each has normalised by statistics of its own.
+        assert all(torch.equal(tensor, other[name]) for other in others for name, tensor in first.items())
         small = loader(load_dataset(folder / "data.npz", num_classes=5), COUNT - 1)
         with pytest.raises(ValueError, match=rf"a last one of 1 for {ranks.world} ranks"):
             align(classifier(0), classifier(11), small, config_of())

@@ -151,6 +151,40 @@ def test_a_run_goes_on_from_an_earlier_snapshot_than_its_last(tmp_path: Path) ->
     assert equal(quick(tmp_path, resume=True), whole)
 
 
+def test_accuracy_before_is_that_of_the_source_as_it_was(tmp_path: Path) -> None:
+    options = {"config": config_of(lr=0.2), "clean": batches(12)[9:], "in_place": True}
+    whole = quick(tmp_path, **options).clean
+    assert whole.before != whole.after
+    assert quick(tmp_path, resume=True, **options).clean == whole
+
+
+def test_counting_draws_nothing() -> None:
+    """Of a source that draws in every pass."""
+    found = []
+    for options in ({}, {"clean": batches(12)[9:]}):
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        found.append(align(source(), classifier(11), batches(9), config_of(), **options))
+    assert equal(*found)
+
+
+def test_a_snapshot_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(tmp_path)
+    read: list[str] = []
+
+    def reading(path: Path) -> dict[str, Any]:
+        read.append(path.name)
+        return read_snapshot(path)
+
+    monkeypatch.setattr("alignfast.alignment.snapshots.read_snapshot", reading)
+    quick(tmp_path, resume=True)
+    assert read == ["step-000000008.pt"]
+    (tmp_path / "step-000000008.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="torn"):
+        quick(tmp_path, resume=True)
+    assert read[1:] == ["step-000000008.pt", "step-000000006.pt"]
+
+
 def test_snapshots_of_another_run_are_refused_with_what_differs(tmp_path: Path) -> None:
     quick(tmp_path)
     kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -176,6 +210,32 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_snapshot(tmp_path: Path)
     assert newest.name == "step-000000006.pt"
     state = read_snapshot(newest)
     assert all(tensor.isfinite().all() for tensor in state["student"].values())
+
+
+class Exploding(torch.autograd.Function):
+    """The identity, with a gradient that is not finite from the call number 7 on."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Exploding.calls += 1
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (torch.inf if Exploding.calls >= 7 else 1.0)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_snapshot(tmp_path: Path) -> None:
+    """Where the loss of its step is finite."""
+    model = classifier(0)
+    model.module[5].register_forward_hook(lambda _, __, output: Exploding.apply(output) if model.training else output)
+    with pytest.raises(
+        FloatingPointError, match=r"grad_norm: (inf|nan) at step 7, batch 7 of pass 1, of learning rate"
+    ):
+        align(model, classifier(11), batches(9), config_of(), snapshots=Snapshots(tmp_path, every=1))
+    assert max(tmp_path.iterdir()).name == "step-000000006.pt"
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torchvision import transforms
 
 from alignfast import cli
 from alignfast.attacks import create, parameters_of
-from alignfast.compat import torchattacks
+from alignfast.compat import reproduce, torchattacks
 from alignfast.compat.reproduce import ATTACKS, CentreCrop, attack_of, config_of, load, parse, qualified, transfer
 from alignfast.data import loader
 from alignfast.models import Classifier
+from tests.test_distributed import ended, free_ports, started
 
 SIDE, CLASSES = 32, 3
 EPS = 6 / 255
@@ -141,6 +143,12 @@ def test_aligns_saves_and_measures(place: Path, tmp_path: Path) -> None:
     assert len(history) == 4
     assert result["loss"] == result["loss_align"] == pytest.approx(np.mean([entry["kd"] for entry in history]))
     assert result["loss_cls"] is None
+    clean = result["clean"]
+    assert (clean["n"], clean["given"], clean["after"]) == (36, True, pytest.approx(1 - result["test-err"] / 100))
+    images = torch.stack([as_they_do(path) for path in sorted_files(place)])
+    with torch.no_grad():
+        right = normalised(network(place / "a.pt"))(images).argmax(1) == torch.arange(CLASSES).repeat_interleave(12)
+    assert clean["before"] == pytest.approx(float(right.double().mean()))
     settings = json.loads((out / "config.json").read_text())
     assert (settings["clip_grad_norm"], settings["pgd_eps"], settings["amp"]) == (1.0, EPS, False)
     # The same from the saved weights, measured alone.
@@ -149,6 +157,30 @@ def test_aligns_saves_and_measures(place: Path, tmp_path: Path) -> None:
     for key in ("test-err", "whitebox-err", "res18", "transfer"):
         assert alone[key] == result[key]
     assert alone["loss"] is None
+
+
+def test_two_processes_align_and_measure_as_one_does(place: Path, tmp_path: Path) -> None:
+    strength = ["--pgd_eps", "6./255.", "--pgd_alpha", "2./255", "--pgd_itr", "3"]
+    measured = [*strength, "--eval_standard", "1", "--eval_whitebox", "1"]
+    # 18 images in batches of 17: the last one is too small for two.
+    wanted = [*measured, "--batch_size", "17", "--no-amp", "--save_modified_model", "1"]
+    out = tmp_path / "two"
+    command = [sys.executable, "-m", "alignfast", "reproduce", *given(place, out, *wanted)]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports()[0]}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    (first, said, error), second = ended([started(command, variables | rank) for rank in ranks])
+    assert first == 0, error
+    assert second == (0, "", "")
+    assert said.splitlines()[-1] == str(out / "result.json")
+    found = json.loads((out / "result.json").read_text())
+    assert found["alignment"]["processes"] == 2
+    assert len((out / "history.jsonl").read_text().splitlines()) == 1
+    saved = ["--eval_arch", "res18", "--eval_dir", str(out / "model" / "final_model.pt")]
+    alone = run(given(place, tmp_path / "one", *measured, *saved))
+    for key in ("test-err", "whitebox-err", "res18", "transfer"):
+        assert alone[key] == found[key]
+    assert found["transfer"]["images"] == 36
+    assert found["clean"]["after"] == pytest.approx(1 - found["test-err"] / 100)
 
 
 def by_hand(place: Path) -> dict[str, Any]:
@@ -222,6 +254,35 @@ def test_it_stops_after_enough_qualified_images(place: Path) -> None:
     some = transfer(*models, batches(), attacks, 2)  # type: ignore[arg-type]
     assert len(seen) == len(some.counted) // 4 == int(np.argmax(counts > 2)) + 1 < 9
     assert np.array_equal(some.counted, every.counted[: len(some.counted)])
+
+
+def test_ranks_stop_where_one_process_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of 2, which is told what the other one finds in its batches, of which there is one less."""
+    models = [normalised(network(place / f"{name}.pt")) for name in "ab"]
+    dataset = [(as_they_do(path), index // 12) for index, path in enumerate(sorted_files(place))]
+    attacks: Any = tuple(create("bim", model, eps=EPS, alpha=2 / 255, steps=3) for model in models)
+    parts = [transfer(*models, [batch], attacks, 1000) for batch in loader(dataset, 4)]
+    seen: list[int] = []
+
+    def attacked(source: Any, target: Any, batch: Any, *_: Any) -> Any:
+        seen.append(int(batch.indices[0]) // 4)
+        return parts[seen[-1]]
+
+    monkeypatch.setattr(reproduce, "_attacked", attacked)
+    ends = set()
+    for enough in (*range(1, int(sum(part.counted.sum() for part in parts))), 1000):
+        alone = transfer(*models, loader(dataset, 4), attacks, enough)
+        others = iter(parts[1::2])
+        with monkeypatch.context() as patch:
+            patch.setattr(reproduce, "gather", lambda mine, others=others: [mine, next(others, None)])
+            seen.clear()
+            found = transfer(*models, loader(dataset, 4).deal(0, 2), attacks, enough)
+        for one, other in zip(vars(found).values(), vars(alone).values(), strict=True):
+            assert np.array_equal(one, other)
+        ends.add(len(alone.counted) // 4)
+        assert seen == list(range(0, len(alone.counted) // 4, 2))
+    # Behind batches of either rank.
+    assert {end % 2 for end in ends} == {0, 1}
 
 
 def test_no_qualified_image(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

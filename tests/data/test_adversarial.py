@@ -1,6 +1,8 @@
 import csv
+import errno
 import json
 import platform
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from alignfast.data import (
     AdversarialWriter,
     Manifest,
+    adversarial,
     eight_bit,
     load_dataset,
     loader,
@@ -122,27 +125,88 @@ def test_a_whole_pass_stays_in_the_ball_on_disk(tmp_path):
     assert int(change.abs().max()) == 8
 
 
-def test_an_interrupt_leaves_whole_files_and_no_manifest(tmp_path, monkeypatch):
-    whole = AdversarialWriter._write
+def test_an_interrupt_leaves_whole_files_and_no_manifest(tmp_path, gate):
+    def interrupted():
+        with AdversarialWriter(tmp_path, MANIFEST, FILENAMES) as writer:
+            writer.add(pictures()[:3], LABELS[:3], torch.arange(3))
+            threading.Timer(0.1, gate.set).start()
+            raise KeyboardInterrupt
 
-    def interrupted(self, data, index, label, targeted_label):
-        if index == 2:
-            monkeypatch.setattr(Path, "write_bytes", torn)
-        whole(self, data, index, label, targeted_label)
-
-    def torn(path, data):
-        with path.open("wb") as stream:
-            stream.write(data[: len(data) // 2])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(AdversarialWriter, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path)
-    assert listing(tmp_path) == ["images/1-0.png", "images/1-1.png"]
+        interrupted()
+    assert listing(tmp_path) == ["images/1-0.png", "images/1-1.png", "images/two, or more.png"]
+    for index, name in enumerate(listing(tmp_path)):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), pictures()[index].permute(1, 2, 0).numpy())
     with pytest.raises(ValueError, match=r"has no manifest.json, so it is unfinished"):
         read_adversarial(tmp_path)
     with pytest.raises(ValueError, match="holds an unfinished set of images"):
         write(tmp_path)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Until it is set, no image is encoded."""
+    opened, encode = threading.Event(), adversarial._png
+
+    def waiting(image, record):
+        assert opened.wait(60)
+        return encode(image, record)
+
+    monkeypatch.setattr(adversarial, "_png", waiting)
+    yield opened
+    opened.set()
+
+
+def test_images_are_written_while_the_caller_goes_on(tmp_path, gate):
+    """With two batches at most in the hands of threads, and from copies."""
+    writer = AdversarialWriter(tmp_path, MANIFEST, FILENAMES)
+    buffer = pictures()[:2].clone()
+    writer.add(buffer, LABELS[:2], torch.tensor([0, 1]))
+    buffer.copy_(pictures()[2:4])
+    writer.add(buffer, LABELS[2:4], torch.tensor([2, 3]))
+    buffer.zero_()
+    assert listing(tmp_path) == []
+    assert writer.pending(torch.arange(COUNT)).tolist() == [False] * 4 + [True]
+    with pytest.raises(ValueError, match="image 3 is already written"):
+        writer.add(pictures()[[3]], LABELS[[3]], torch.tensor([3]))
+    third = threading.Thread(target=writer.add, args=(pictures()[[4]], LABELS[[4]], torch.tensor([4])))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    gate.set()
+    third.join(60)
+    assert writer.finish().indices == (0, 1, 2, 3, 4)
+    assert torch.equal(read_adversarial(tmp_path)[0].originals(range(COUNT)), pictures())
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that has no place for the third image."""
+    whole = Path.write_bytes
+
+    def torn(path, data):
+        whole(path, data[: len(data) // 2])
+        if path.name.startswith(".two"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", torn)
+
+
+def test_what_could_not_be_written_is_told_at_the_end(tmp_path, full):
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path)
+    assert listing(tmp_path) == sorted(f"images/{name}" for name in png_names(FILENAMES) if name[:3] != "two")
+
+
+def test_what_could_not_be_written_is_told_by_a_later_addition(tmp_path, full):
+    writer = AdversarialWriter(tmp_path, MANIFEST, FILENAMES)
+    writer.add(pictures()[:3], LABELS[:3], torch.arange(3))
+    writer._pool.shutdown()
+    with pytest.raises(OSError, match="No space left"):
+        writer.add(pictures()[3:], LABELS[3:], torch.arange(3, COUNT))
+    assert writer.pending(torch.arange(COUNT)).tolist() == [False, False, True, True, True]
+    assert listing(tmp_path) == ["images/1-0.png", "images/1-1.png"]
 
 
 def test_an_unfinished_folder_is_taken_up(tmp_path):

@@ -1,4 +1,5 @@
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -108,6 +109,68 @@ def test_workers_change_nothing(dataset):
         assert same(alone, helped)
 
 
+def test_reading_ahead_changes_nothing(dataset):
+    plain, ahead = (loader(dataset, 4, shuffle=True, seed=2, ahead=given) for given in (False, True))
+    assert same(ahead, plain)
+    assert same(ahead.iterate(1), plain.iterate(1))
+    assert same(ahead.iterate(3), [])
+    for rank in range(2):
+        assert same(ahead.deal(rank, 2), plain.deal(rank, 2))
+        assert same(ahead.shard(rank, 2), plain.shard(rank, 2))
+    # Of the last batch there are three images, so that a fourth rank has none.
+    assert same(ahead.shard(0, 4), plain.shard(0, 4))
+
+
+class Watched:
+    """Says which of its images have been read; image 7 cannot be."""
+
+    def __init__(self):
+        self.read = [threading.Event() for _ in range(COUNT)]
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        self.read[index].set()
+        if index == 7:
+            raise ValueError("image 7 is torn")
+        return torch.full((3, 2, 2), index / COUNT), index
+
+
+def test_one_batch_is_read_ahead():
+    watched = Watched()
+    batches = iter(loader(watched, 2, ahead=True))
+    before = threading.active_count()
+    next(batches)
+    assert all(watched.read[index].wait(60) for index in (2, 3))
+    assert not any(one.is_set() for one in watched.read[4:])
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_ahead_comes_in_its_turn():
+    watched = Watched()
+    batches = iter(loader(watched, 2, ahead=True))
+    assert order(next(batches) for _ in range(3)) == [0, 1, 2, 3, 4, 5]
+    assert watched.read[7].wait(60)
+    with pytest.raises(ValueError, match="image 7 is torn"):
+        next(batches)
+
+
+def test_a_batch_is_filled_by_its_first_image(dataset):
+    last = list(loader(dataset, 4))[-1]
+    filled = last.filled(5)
+    assert filled.indices.tolist() == [8, 9, 10, 8, 8]
+    assert torch.equal(filled.images, dataset_images(dataset, filled.indices))
+    assert torch.equal(filled.labels, dataset.labels[filled.indices])
+    assert same([last.filled(3), last.filled(0)], [last, last])
+
+
+def dataset_images(dataset, indices):
+    return torch.stack([dataset[index].image for index in indices.tolist()])
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_is_one_line_from_any_process(tmp_path, workers):
     (tmp_path / "cat").mkdir()
@@ -153,7 +216,7 @@ def test_bad_arguments_are_refused(dataset, arguments, message):
 
 
 def test_iterables_allow_neither_shuffling_nor_workers(dataset):
-    for name, value in (("shuffle", True), ("workers", 2)):
+    for name, value in (("shuffle", True), ("workers", 2), ("ahead", True)):
         with pytest.raises(ValueError, match=f"{name}: got {value}; .* read in its own order"):
             loader(Stream(dataset, False), 2, **{name: value})
     with pytest.raises(ValueError, match="dataset: got int; allowed is"):

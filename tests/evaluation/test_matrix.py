@@ -17,9 +17,13 @@ from torch.nn.functional import interpolate
 
 from alignfast.attacks import Attack, create
 from alignfast.data import Batch
+from alignfast.distributed import Ranks
+from alignfast.evaluation import matrix as module
+from alignfast.evaluation import shares
 from alignfast.evaluation.matrix import transfer_matrix
 from alignfast.evaluation.matrix_result import TransferMatrix
-from alignfast.models import Classifier, fingerprint
+from alignfast.evaluation.shares import form_of, prepared_alike
+from alignfast.models import Classifier, fingerprint, prepare
 
 EPS = 0.2
 # weight of each channel, and the threshold above which the class is 1
@@ -220,6 +224,61 @@ def test_indices_reach_the_attack_whatever_the_batches() -> None:
     assert torch.equal(seen[0][40:], wanted)
 
 
+@pytest.mark.parametrize("qualified", [False, True])
+def test_prepared_copies_are_attacked_and_models_as_given_are_judged(
+    qualified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that are another model show where they are used."""
+    asked: list[tuple[Classifier, str]] = []
+
+    def prepared(model: Classifier, images: Tensor, precision: str) -> Classifier:
+        assert torch.equal(images, batches()[0][0])
+        asked.append((model, precision))
+        return prepare(line("up"), images, "fp32")
+
+    monkeypatch.setattr(module, "prepared_alike", prepared)
+    source, target = line("across"), line("both")
+    sources = {"s": source, "again": source}
+    matrix = transfer_matrix(
+        sources, {"t": target}, ATTACKS, batches(), qualified=qualified, precision="auto", baseline="s"
+    )
+    assert asked == [(source, "auto")]
+    for name in sources:
+        for attack, eps in EPS_OF.items():
+            cell = matrix.cell(name, attack, "t")
+            white_box = wrong_by_hand("across", "up", eps)
+            fooled = wrong_by_hand("both", "up", eps)
+            assert cell.white_box == pytest.approx(sum(white_box) / 40)
+            assert cell.clean_accuracy == pytest.approx(1 - sum(wrong_by_hand("both", None, 0)) / 40)
+            if qualified:
+                clean = [wrong_by_hand(one, None, 0) for one in ("across", "both")]
+                rows = zip(*clean, white_box, wrong_by_hand("both", "both", eps), strict=True)
+                counts = [not s and not t and a and b for s, t, a, b in rows]
+                assert (cell.errors, cell.n) == (sum(map(int.__mul__, fooled, counts)), sum(counts))
+            else:
+                assert cell.errors == sum(fooled)
+    assert matrix.config["precision"] == "auto"
+    assert matrix.config["forms"] == dict.fromkeys(sources, "fp32, contiguous")
+    assert matrix.config["sources"] == dict.fromkeys(sources, fingerprint(source))
+
+
+def test_without_a_precision_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "prepared_alike", None)
+    matrix = transfer_matrix({"s": line("across")}, {"t": line("up")}, ATTACKS, batches())
+    assert (matrix.config["precision"], matrix.config["forms"]) == (None, {})
+
+
+@pytest.mark.filterwarnings("ignore:precision:RuntimeWarning")
+def test_ranks_prepare_in_the_precision_that_the_first_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = line("up"), batches()[0][0]
+    monkeypatch.setattr(shares, "current", lambda: Ranks(1, 2, 1))
+    monkeypatch.setattr(shares, "on_main", lambda work: (work(), "bf16")[1])
+    assert form_of(prepared_alike(model, images, "auto")) == "bf16, contiguous"
+    assert form_of(prepared_alike(model, images, "fp32")) == "fp32, contiguous"
+    monkeypatch.setattr(shares, "on_main", lambda work: work())
+    assert form_of(prepared_alike(model, images, "auto")) == "fp32, contiguous"
+
+
 def test_an_iterator_is_read_once() -> None:
     again = transfer_matrix({"s": line("across")}, {"t": line("up")}, ATTACKS, iter(batches()))
     assert again.to_dict() == transfer_matrix({"s": line("across")}, {"t": line("up")}, ATTACKS, batches()).to_dict()
@@ -296,6 +355,8 @@ MODELS = {"a": line("up")}
         ({"attacks": ATTACKS | {"x": {"name": "bim", "eps": 0.1, "stepz": 3}}}, "bim: got unknown parameter 'stepz'"),
         ({"attacks": ATTACKS | {"x": {"name": "bim", "eps": 3}}}, "eps: got 3"),
         ({"attacks": {"x": {"eps": 0.1}}}, "attacks: got .* without a name"),
+        ({"precision": "fp23"}, r"precision: got 'fp23' \(did you mean 'fp32'\?\)"),
+        ({"precision": "fp32", "data": [(torch.zeros(2, 2, 1, 1), torch.tensor([0, 2]))]}, "labels for source counted"),
         ({"baseline": "vanila"}, "baseline: got 'vanila'; allowed is one of counted"),
         ({"data": []}, "data: holds no image"),
         (
@@ -383,6 +444,17 @@ def test_parts_are_taken_up_again(qualified: bool, tmp_path: Path) -> None:
     assert run() == resumed
     assert len(runs) == 2 * jobs
     assert len(list(parts.iterdir())) == jobs
+
+
+@pytest.mark.filterwarnings("ignore:precision:RuntimeWarning")
+def test_parts_in_another_form_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, targets = {"s": line("across")}, {"t": line("both")}
+    runs: list[int] = []
+    run = Attack.__call__
+    monkeypatch.setattr(Attack, "__call__", lambda *args, **options: (runs.append(1), run(*args, **options))[1])
+    for precision, expected in ((None, 6), ("fp32", 12), ("fp32", 12), ("bf16", 18), (None, 24)):
+        transfer_matrix(sources, targets, ATTACKS, batches(), precision=precision, parts=tmp_path)
+        assert len(runs) == expected
 
 
 def test_parts_of_other_data_are_not_taken(tmp_path: Path) -> None:

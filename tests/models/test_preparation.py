@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,6 +191,20 @@ def test_auto_remembers_its_choice_for_the_same_weights_and_shape(monkeypatch: p
     prepare(model(), images(5))
     prepare(model(3), images())
     assert len(measured) == 2 * preparation.ROUNDS
+
+
+def test_a_choice_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = prepare(model(), images()).preparation
+    monkeypatch.setattr(preparation, "_seconds", None)
+    assert found is not None
+    other = preparation.Preparation(replace(found.form, channels_last=True))
+    for chosen in (found, other):
+        assert prepare(model(1), images(), chosen).preparation == chosen
+    both = prepare(
+        Ensemble([model(0), model(1)]), images(), preparation.Preparation(found.form, members=(found, other))
+    )
+    assert [member.preparation for member in both.members] == [found, other]
+    assert [member.memory_format for member in both.members] == [torch.contiguous_format] * 2
 
 
 def test_what_the_device_computes_in_software_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

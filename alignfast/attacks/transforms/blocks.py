@@ -10,12 +10,12 @@ from enum import IntEnum, auto
 import torch
 from torch import Tensor
 
-from alignfast.attacks.per_image import in_range
 from alignfast.attacks.transforms.sampling import interpolate, take
 from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_number
 from alignfast.draws import Draws
+from alignfast.models import in_range
 
 __all__ = ["BlockMasks", "BlockOperations", "BlockShuffle"]
 

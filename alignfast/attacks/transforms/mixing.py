@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignfast.attacks.per_image import in_range
 from alignfast.attacks.transforms.transform import Transform
 from alignfast.attacks.views import Views
 from alignfast.checks import check_count, check_images, check_number
 from alignfast.draws import Draws
-from alignfast.models import Classifier
+from alignfast.models import Classifier, in_range
 from alignfast.ops import Mixing
 
 __all__ = ["MixMask", "Mixes"]
