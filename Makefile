@@ -9,12 +9,8 @@ TIMM ?= 1.0.31
 TORCHATTACKS ?= 3.5.1
 # Processes that share the tests, a file to each at a time; one thread each, since two of them fighting for a core take longer.
 JOBS ?= 2
-EXTRAS ?= test dev imagenet-lite formats
+EXTRAS ?= test dev imagenet-lite formats bench
 ARGS ?=
-
-# glibc hands large freed blocks back to the kernel, and every tensor is then faulted in anew; this keeps them.
-export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
-export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,7 +30,7 @@ help:
 	@echo 'make test     linters, type checker and tests, also under the sanitizers'
 	@echo 'make sanitize all tests of the ops under the address and undefined-behaviour sanitizers (ARGS goes to pytest)'
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
-	@echo 'make bench    ops, attacks and alignment against their peers and the hardware (ARGS="--quick" is short)'
+	@echo 'make bench    ops, models, attacks, alignment and files against their peers and the hardware, in under 20 minutes (ARGS="--quick" is short)'
 	@echo 'make machine-code  registers, spills, access widths and occupancy of every GPU kernel (ARGS="--json FILE")'
 	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
 	@echo 'make format   format Python and C++'
@@ -42,6 +38,11 @@ help:
 	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH) TORCHVISION=$(TORCHVISION) TIMM=$(TIMM)'
 
 build: $(BUILT)
+
+# glibc hands large freed blocks back to the kernel, and every tensor is then faulted in anew; this keeps them, as
+# alignfast's own commands do by themselves.
+test sanitize: export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+test sanitize: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 test: $(BUILT)
 	$(PY) -m ruff check .

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 
+from .clock import Clock, clock_of
+from .limits import Limits
 from .registry import Case
 from .roofline import GPUS, Gpu, gpu_of, limit_of
 from .subject import Call, Cost, Subject
-
-Clock = Callable[[], float]
 
 # What is timed at once lasts at least this long, so that reading the clock and starting threads do not count.
 BLOCK_SECONDS = 0.005
@@ -64,13 +63,15 @@ class Round:
 
 @dataclass(frozen=True)
 class Result:
-    """What one case came to: a fault, or the rounds that were measured, on this GPU if on one."""
+    """What one case came to: a fault, or the rounds that were measured, on this GPU if on one; and what the hardware
+    reached in the same run, where that was measured."""
 
     case: Case
     cost: Cost
     fault: str | None = None
     measured: Sequence[Round] = ()
     gpu: Gpu | None = None
+    limits: Limits | None = None
 
     @cached_property
     def disturbed(self) -> bool:
@@ -116,7 +117,8 @@ class Result:
 
     @property
     def limit(self) -> str:
-        return limit_of(self.cost, self.case.dtype)
+        """ "memory", or the arithmetic that is used: float32 may be TF32 on a GPU."""
+        return limit_of(self.cost, self.case.dtype, self.gpu)
 
     @property
     def of_peak(self) -> float | None:
@@ -125,14 +127,22 @@ class Result:
         return least / self.seconds["ours"].median if self.rounds and least is not None else None
 
     @property
+    def of_gemm(self) -> float | None:
+        """The share of the rate of matrix products; None for what is no pass of a model, or where it is not known."""
+        rate = self.limits.gemm.get(self.limit) if self.limits is not None else None
+        return self.teraflops_per_second * 1e12 / rate if self.teraflops_per_second and rate else None
+
+    @property
     def cached(self) -> bool:
         return self.gpu is not None and self.gpu.caches(self.cost)
 
     @property
     def missed(self) -> list[str]:
-        """The sides against which the target was not reached."""
-        ratios = self.ratios
-        return [side for side, least in self.case.targets.items() if side in ratios and ratios[side].median < least]
+        """The sides against which the target was not reached, and "gemm"."""
+        reached = {side: ratio.median for side, ratio in self.ratios.items()}
+        if self.of_gemm is not None:
+            reached["gemm"] = self.of_gemm
+        return [name for name, least in self.case.targets.items() if name in reached and reached[name] < least]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -151,7 +161,9 @@ class Result:
             "gigabytes_per_second": self.gigabytes_per_second,
             "teraflops_per_second": self.teraflops_per_second,
             "expected": expectations(self.cost) if self.gpu is not None else {},
+            "limit": self.limit,
             "of_peak": self.of_peak,
+            "of_gemm": self.of_gemm,
             "fits_l2": self.cached,
             "targets": dict(self.case.targets),
             "missed": self.missed,
@@ -165,13 +177,17 @@ def measure(
     device: torch.device | str = "cpu",
     seconds: float = 2.0,
     compiled: bool = True,
+    limits: Limits | None = None,
 ) -> Result:
-    """Check every side of a case and, if all are right, time them for about so many seconds."""
+    """Check every side of a case and, if all are right, time them for about so many seconds.
+
+    limits: of the device, measured in the same run.
+    """
     device = torch.device(device)
     subject, gpu = case.subject_on(device), gpu_of(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         fault, rounds = _measured(subject, device, seconds, compiled)
-    return Result(case, subject.cost, fault, rounds, gpu)
+    return Result(case, subject.cost, fault, rounds, gpu, limits)
 
 
 def _measured(
@@ -253,18 +269,6 @@ def waiting() -> float | None:
         with suppress(OSError):
             total = (total or 0) + int(path.read_text(encoding="ascii").split()[1])
     return None if total is None else total / 1e9
-
-
-def clock_of(device: torch.device) -> Clock:
-    """Seconds, read once the device has done all that it was given."""
-    if device.type == "cpu":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
 
 
 @contextmanager

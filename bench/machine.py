@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from alignfast._C import cpu_isa
 from alignfast.doctor import chosen, cpu_backend, cuda_backend, triton_backend
+from alignfast.memory import memory_state
 
 from .roofline import gpu_of
 
@@ -30,6 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "kernels": cpu_isa(),
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
+        "memory": asdict(memory_state()),
         "backends": {"cpu": cpu_backend(), "cuda": cuda_backend(), "triton": triton_backend()},
         "chosen": chosen(device.type),
         "gpu": gpu_facts(device) if device.type == "cuda" else None,

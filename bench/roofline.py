@@ -53,10 +53,10 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return Gpu(told.name, bandwidth, peaks, getattr(told, "L2_cache_size", None))
 
 
-def limit_of(cost: Cost, dtype: str) -> str:
-    """Which of a GPU's limits holds for this cost in this dtype, under the settings of torch."""
+def limit_of(cost: Cost, dtype: str, gpu: Gpu | None) -> str:
+    """Which limit holds for this cost in this dtype on a GPU, under the settings of torch, or on a CPU."""
     if cost.moved:
         return "memory"
-    if dtype != "fp32":
+    if dtype != "fp32" or gpu is None:
         return dtype
     return "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"

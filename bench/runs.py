@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from alignfast.alignment import AlignConfig
 from alignfast.alignment.loop import fit
 from alignfast.attacks import Attack, create
-from alignfast.models import Classifier, load_model
+from alignfast.models import Classifier, prepare
 
+from .networks import Normalised, captured, classifier, flops_of, input_gradient, tf32
+from .peers import PEERS, installed
+from .reference import alignment as reference
 from .subject import Call, Cost
-from .work import ALPHA, EPS, TEMPERATURE, kl_chain, uniform
+from .work import ALPHA, EPS, TEMPERATURE, uniform
 
 Shape = tuple[int, ...]
+Precision = Literal["fp32", "bf16"]
 
+PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # More views than these do not go through a model together, so that the cases fit into the memory of most GPUs.
 MAX_BATCH = 128
-# Images on which an attack is compared with its peer, in full float32.
-CHECKED_IMAGES = 4
+# Images and steps in which an attack is compared with its peers, in full float32, and with itself in float32.
+CHECKED_IMAGES, CHECKED_STEPS = 4, 3
 # The share of pixels that may differ from the peer's: where a gradient is nearly zero, rounding turns its sign.
 TOLERATED_SHARE = 0.01
+# In bfloat16, the share of signs that may be others than in float32: one in ten, which is what a cosine of 0.95 between
+# the gradients comes to, arccos(0.95) / pi. Networks of random weights may turn more by the rounding alone, so as many
+# are allowed as torch's own autocast turns, and a quarter more.
+TURNED_IN_BF16, OF_AUTOCAST = 0.1, 1.25
 # A peer draws other numbers; an attack moves the pixels by at least this share of the way that the peer does.
 LEAST_WAY = 0.5
 ROUNDING_OF_BOUNDS = 1e-6
@@ -40,29 +45,34 @@ LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.0**-5}
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset beside its peer. fixed: parameters of both with which nothing is drawn. further: passes of a step over
+    """A preset beside its peers. fixed: parameters of all with which nothing is drawn. further: passes of a step over
     so many copies of an image; copies: those of the pass that every attack has."""
 
-    peer: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     copies: int = 1
     further: int = 0
 
 
 ATTACKS = {
-    "pgd": Preset("PGD", {"random_start": False}),
-    "mifgsm": Preset("MIFGSM"),
-    "difgsm": Preset("DIFGSM", {"diversity_prob": 0.0}),
-    "sinifgsm": Preset("SINIFGSM", copies=5),
-    "vmifgsm": Preset("VMIFGSM", {"beta": 0.0}, further=5),
+    "pgd": Preset({"random_start": False}),
+    "mifgsm": Preset(),
+    "difgsm": Preset({"diversity_prob": 0.0}),
+    "sinifgsm": Preset(copies=5),
+    "vmifgsm": Preset({"beta": 0.0}, further=5),
 }
 
 
 def attack(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, preset: str, network: str, steps: int
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    preset: str,
+    network: str,
+    steps: int,
+    peers: Sequence[str] = ("torchattacks",),
 ) -> AttackRun:
-    assert dtype == torch.float32
-    return AttackRun(preset, network, steps, shape, device)
+    return AttackRun(preset, network, steps, shape, dtype, device, tuple(peers))
 
 
 def alignment(
@@ -73,14 +83,17 @@ def alignment(
 
 @dataclass(frozen=True)
 class AttackRun:
-    """Sides: "ours", on CUDA also "no graph"; "torchattacks" where it is installed; "model", the forward passes and
+    """Sides: "ours", on the model as `prepare` makes it in the case's dtype, on CUDA also "no graph"; those of `peers`
+    that are installed, on the model as it was loaded, in float32; "model", the prepared model's forward passes and
     input gradients alone, on CUDA in one graph."""
 
     preset: str
     network: str
     steps: int
     shape: Shape
+    dtype: torch.dtype
     device: torch.device
+    peers: tuple[str, ...] = ("torchattacks",)
 
     @property
     def passes(self) -> list[int]:
@@ -95,22 +108,36 @@ class AttackRun:
         flops = flops_of(self.network, self.shape[1:], "input gradient")
         return Cost(flops=sum(self.passes) * self.shape[0] * flops)
 
+    def sides(self) -> dict[str, Call]:
+        attacks = self._attacks()
+        calls: dict[str, Call] = {side: partial(attack, self._images, self._labels) for side, attack in attacks.items()}
+        return {**calls, "model": captured(self._bare_passes(), self.device)}
+
     def prepare(self, *, compiled: bool) -> tuple[dict[str, Call], str | None]:
-        images, labels = self._images, self._labels
-        attacks = {"ours": self._ours()}
+        sides = self.sides()
+        return sides, self._compared() or self._faithful() or self._constrained(self._results(sides))
+
+    def _attacks(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        attacks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ours": self._ours()}
         if self.device.type == "cuda":
             attacks["no graph"] = self._ours(cuda_graph=False)
-        sides: dict[str, Callable[[], Tensor]] = {
-            side: partial(attack, images, labels) for side, attack in attacks.items()
-        }
-        if torchattacks() is not None:
-            sides["torchattacks"] = partial(self._theirs(), images, labels)
-        fault = self._compared() or self._constrained({side: call() for side, call in sides.items()})
-        return {**sides, "model": captured(self._bare_passes, self.device)}, fault
+        return attacks | {name: self._theirs(name) for name in self._beside}
+
+    @property
+    def _beside(self) -> list[str]:
+        return [name for name in self.peers if installed(name) is not None]
 
     @cached_property
     def _model(self) -> Classifier:
         return classifier(self.network, self.shape[1:], self.device)
+
+    @cached_property
+    def _prepared(self) -> Classifier:
+        return prepare(self._model, self._images, PRECISIONS[self.dtype])
+
+    @cached_property
+    def _in_fp32(self) -> Classifier:
+        return self._prepared if self.dtype == torch.float32 else prepare(self._model, self._images[:1], "fp32")
 
     @cached_property
     def _images(self) -> Tensor:
@@ -122,42 +149,63 @@ class AttackRun:
             labels: Tensor = self._model(self._images).argmax(1)
         return labels
 
-    def _ours(self, **parameters: Any) -> Attack:
+    def _ours(self, model: Classifier | None = None, **parameters: Any) -> Attack:
         numbers = {"eps": EPS, "alpha": ALPHA, "steps": self.steps, "max_batch": MAX_BATCH}
-        return create(self.preset, self._model, **numbers, **parameters)
+        return create(self.preset, model or self._prepared, **numbers | parameters)
 
-    def _theirs(self, **parameters: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        package = torchattacks()
-        assert package is not None
-        peer = getattr(package, ATTACKS[self.preset].peer)
-        theirs: Callable[[Tensor, Tensor], Tensor] = peer(
-            Normalised(self._model), eps=EPS, alpha=ALPHA, steps=self.steps, **parameters
-        )
-        return theirs
+    def _theirs(self, peer: str, **parameters: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        numbers = {"eps": EPS, "alpha": ALPHA, "steps": self.steps, "device": self.device}
+        return PEERS[peer].attack(self.preset, Normalised(self._model).eval(), **numbers | parameters)
 
-    def _bare_passes(self) -> None:
-        for copies in self.passes:
-            batch = self._images.repeat(copies, 1, 1, 1).requires_grad_()
-            loss = F.cross_entropy(self._model.module(batch), self._labels.repeat(copies), reduction="sum")
-            torch.autograd.grad(loss, batch)
+    def _bare_passes(self) -> Callable[[], None]:
+        images, labels = self._images, self._labels
+        passes = {
+            copies: input_gradient(self._prepared, images.repeat(copies, 1, 1, 1), labels.repeat(copies))
+            for copies in set(self.passes)
+        }
+
+        def call() -> None:
+            for copies in self.passes:
+                passes[copies]()
+
+        return call
 
     def _compared(self) -> str | None:
-        """Both take the same steps where nothing is drawn, up to the signs that rounding turns."""
-        if torchattacks() is None:
-            return None
-        images, labels = self._images[:CHECKED_IMAGES], self._labels[:CHECKED_IMAGES]
-        fixed = ATTACKS[self.preset].fixed
-        with full_precision():
-            ours, theirs = self._ours(**fixed)(images, labels), self._theirs(**fixed)(images, labels)
-        share = float(((ours - theirs).abs() > ALPHA / 100).double().mean())
-        # Written so that NaN is a fault too.
-        if not (share <= TOLERATED_SHARE and bool(ours.isfinite().all())):
-            return f"ours: {share:.2%} of the pixels differ from torchattacks', allowed are {TOLERATED_SHARE:.0%}"
+        """Ours in float32 takes the steps of each peer of the same definition where nothing is drawn, up to the signs
+        that rounding turns."""
+        fixed = {**ATTACKS[self.preset].fixed, "steps": CHECKED_STEPS}
+        for peer in self._beside:
+            if self.preset not in PEERS[peer].alike:
+                continue
+            with tf32(False):
+                ours = self._ours(self._in_fp32, **fixed)(*self._few)
+                theirs = self._theirs(peer, **fixed)(*self._few)
+            if (fault := _differs(ours, theirs, TOLERATED_SHARE, f"{peer}'")) is not None:
+                return fault
         return None
+
+    def _faithful(self) -> str | None:
+        """In bfloat16 the first step is that of float32 on most pixels."""
+        if self.dtype == torch.float32:
+            return None
+        fixed = {**ATTACKS[self.preset].fixed, "steps": 1}
+        ours, wanted = (self._ours(model, **fixed)(*self._few) for model in (self._prepared, self._in_fp32))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            rounded = self._ours(self._model, cuda_graph=False, **fixed)(*self._few)
+        return _differs(ours, wanted, turned_in_bf16(_share(rounded, wanted)), "those in float32")
+
+    @property
+    def _few(self) -> tuple[Tensor, Tensor]:
+        return self._images[:CHECKED_IMAGES], self._labels[:CHECKED_IMAGES]
+
+    def _results(self, sides: Mapping[str, Call]) -> dict[str, Tensor]:
+        """Ours as they are timed; those of the peers, which are slower, of a few images."""
+        results = {side: _images_of(call) for side, call in sides.items() if side in ("ours", "no graph")}
+        return results | {peer: self._theirs(peer)(*self._few) for peer in self._beside}
 
     def _constrained(self, results: Mapping[str, Tensor]) -> str | None:
         """Every result is an image in the ball around its original, and as far away from it as the peer's."""
-        ways = {side: (adv - self._images).abs() for side, adv in results.items()}
+        ways = {side: (adv - self._images[: len(adv)]).abs() for side, adv in results.items()}
         needed = LEAST_WAY * float(ways["torchattacks" if "torchattacks" in ways else "ours"].mean())
         for side, adv in results.items():
             most = max(float(ways[side].max()) - EPS, float(-adv.min()), float(adv.max()) - 1)
@@ -169,29 +217,34 @@ class AttackRun:
         return None
 
 
-class Normalised(nn.Module):
-    """A classifier's network behind its normalisation, written as people write it."""
+def _images_of(call: Call) -> Tensor:
+    adv = call()
+    assert isinstance(adv, Tensor)
+    return adv
 
-    shift: Tensor
-    scale: Tensor
 
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        assert model.mean is not None
-        assert model.std is not None
-        self.network = model.module
-        self.register_buffer("shift", model.mean[:, None, None])
-        self.register_buffer("scale", model.std[:, None, None])
+def turned_in_bf16(by_autocast: float) -> float:
+    """The share of signs that may differ, where under torch's autocast so many do."""
+    return max(TURNED_IN_BF16, OF_AUTOCAST * by_autocast)
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network((images - self.shift) / self.scale)
-        return logits
+
+def _share(adv: Tensor, wanted: Tensor) -> float:
+    """Of pixels that differ by more than rounding."""
+    return float(((adv - wanted).abs() > ALPHA / 100).double().mean())
+
+
+def _differs(ours: Tensor, wanted: Tensor, tolerated: float, whose: str) -> str | None:
+    share = _share(ours, wanted)
+    # Written so that NaN is a fault too.
+    if not (share <= tolerated and bool(ours.isfinite().all())):
+        return f"ours: {share:.2%} of the pixels differ from {whose}, allowed are {tolerated:.0%}"
+    return None
 
 
 @dataclass(frozen=True)
 class AlignmentRun:
-    """Sides: "ours"; "plain", the loop that people write; where that is in bfloat16, "authors", the same in float32, as
-    the paper's authors run it; "model", the passes and gradients without loss and update."""
+    """Sides: "ours"; "plain", the authors' loop in the case's precision; where that is bfloat16, "authors", the same in
+    float32, as they run it; "model", the passes and gradients without loss and update."""
 
     source: str
     witness: str
@@ -206,15 +259,18 @@ class AlignmentRun:
         asked = flops_of(self.witness, self.shape[1:], "forward")
         return Cost(flops=self.steps * self.shape[0] * (trained + asked))
 
-    def prepare(self, *, compiled: bool) -> tuple[dict[str, Call], str | None]:
+    def sides(self) -> dict[str, Call]:
         sides: dict[str, Call] = {"ours": self._ours, "plain": self._plain}
         if self.dtype == torch.bfloat16:
             sides["authors"] = partial(self._plain, autocast=False)
-        return sides | {"model": self._bare_passes}, self._fault()
+        return sides | {"model": self._bare_passes}
+
+    def prepare(self, *, compiled: bool) -> tuple[dict[str, Call], str | None]:
+        return self.sides(), self._fault()
 
     def _fault(self) -> str | None:
         """The losses of both loops, step by step."""
-        with full_precision():
+        with tf32(False):
             ours, plain = self._ours(), self._plain()
         worst = max(abs(a - b) for a, b in zip(ours, plain, strict=True)) / abs(plain[0])
         allowed = LOSS_TOLERANCE[self.dtype]
@@ -234,34 +290,17 @@ class AlignmentRun:
 
     @cached_property
     def _config(self) -> AlignConfig:
-        precision: Literal["fp32", "bf16"] = "fp32" if self.dtype == torch.float32 else "bf16"
-        return AlignConfig(temperature=TEMPERATURE, precision=precision, channels_last=True)
+        return AlignConfig(temperature=TEMPERATURE, precision=PRECISIONS[self.dtype], channels_last=True)
 
     def _ours(self) -> list[float]:
         source, witness = self._models
         return [entry["loss"] for entry in fit(copy.deepcopy(source), [witness], self._batches, self._config)]
 
     def _plain(self, autocast: bool = True) -> list[float]:
-        """The published recipe, with the losses brought to the host in the end."""
-        source, witness = copy.deepcopy(self._models[0]).train(), self._models[1]
-        config, losses = self._config, []
-        optimizer = torch.optim.SGD(
-            source.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        student, teacher = Normalised(source), Normalised(witness)
-        for images, _ in self._batches:
-            optimizer.zero_grad()
-            with self._autocast() if autocast else nullcontext():
-                logits = student(images)
-                with torch.no_grad():
-                    taught = teacher(images)
-                loss = kl_chain(logits, taught)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        return [float(loss) for loss in losses]
+        source, witness = copy.deepcopy(self._models[0]), self._models[1]
+        recipe = reference.Recipe(TEMPERATURE)
+        precision = self._autocast() if autocast else None
+        return reference.align(Normalised(source), Normalised(witness), self._batches, recipe, precision)
 
     def _bare_passes(self) -> None:
         source, witness = self._models
@@ -277,62 +316,6 @@ class AlignmentRun:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-
-def classifier(network: str, size: Shape, device: torch.device, *, seed: int = 0) -> Classifier:
-    """timm's network with random weights, the same every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return load_model(f"timm:{network}", input_size=(size[0], size[1], size[2])).to(device)
-
-
-@cache
-def flops_of(network: str, size: Shape, kind: str) -> int:
-    """Operations an image, as torch counts them, of "forward", "input gradient" or "training", the forward included."""
-    model = classifier(network, size, torch.device("meta")).module.requires_grad_(kind == "training")
-    image = torch.empty((1, *size), device="meta", requires_grad=kind == "input gradient")
-    with FlopCounterMode(display=False) as counter:
-        logits = model(image)
-        if kind != "forward":
-            logits.sum().backward()
-    flops: int = counter.get_total_flops()
-    return flops
-
-
-@cache
-def torchattacks() -> Any | None:
-    try:
-        return importlib.import_module("torchattacks")
-    except ImportError:
-        return None
-
-
-def captured(call: Callable[[], None], device: torch.device) -> Call:
-    """On CUDA one graph of the call, so that no launch delays it; elsewhere the call itself."""
-    if device.type != "cuda":
-        return call
-    # As torch.cuda.graph asks: what initialises itself does so before, and not on the default stream.
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Without TF32, in which convolutions on a GPU are good to three digits."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _chunks(copies: int, most: int) -> list[int]:

@@ -11,7 +11,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cost:
-    """What any implementation has to do: bytes that an op moves, or floating-point operations of models' passes."""
+    """What any implementation has to do: bytes that it moves, or floating-point operations of models' passes."""
 
     moved: int = 0
     flops: int = 0
@@ -27,3 +27,9 @@ class Subject(Protocol):
         compiled: also what torch.compile makes of the expression, for an op.
         """
         ...
+
+
+class EndToEnd(Subject, Protocol):
+    """One whose sides can be had without running them, to see what memory a first call takes."""
+
+    def sides(self) -> dict[str, Call]: ...

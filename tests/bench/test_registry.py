@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignfast import ops
-from alignfast.bench import sides, work
+from alignfast.bench import registry, sides, work
 from alignfast.bench.registry import CASES, DTYPES, OP_CASES, OPS, Case, select
 
 SMALL = {2: (5, 11), 4: (2, 3, 16, 16)}
@@ -31,7 +31,7 @@ BYTES = {
     ("diversify", "noise 5 copies forward", "bf16"): 1536 * (4 + 5 * 2),
     ("philox_uniform", "unit", "fp32"): 1536 * 4,
 }
-PASSES = {"pgd": 2, "mifgsm": 2, "difgsm": 2, "sinifgsm": 10, "vmifgsm": 7}
+PASSES = {"pgd": 10, "mifgsm": 10, "difgsm": 10, "sinifgsm": 50, "vmifgsm": 55}
 KINDS = list({(case.subject, case.variant, case.dtype): case for case in OP_CASES}.values())
 
 
@@ -88,14 +88,40 @@ def test_bytes_are_counted_without_memory(case: Case) -> None:
 
 def test_operations_are_those_of_the_passes() -> None:
     """A ResNet-18 needs 3.63 GFLOP an image (1.81 of multiply-adds), and about as many for the input's gradient."""
-    costs = {case.subject: case.subject_on("meta").cost for case in select(["attacks"], smallest=True)}
+    cases = select(["attacks"], match="resnet18", device="cuda", smallest=True)
+    costs = {case.subject: case.subject_on("meta").cost for case in cases}
     assert set(costs) == set(PASSES)
     for preset, passes in PASSES.items():
         assert costs[preset].moved == 0
         assert costs[preset].flops == pytest.approx(passes * 8 * 2 * 3.63e9, rel=0.01), preset
     align, *_ = select(["alignment"])
     # A ResNet-50 has 8.18 GFLOP and three times as many in training, but for the gradient of the images.
-    assert align.subject_on("meta").cost.flops == pytest.approx(4 * 8 * (3 * 8.18e9 + 3.63e9), rel=0.02)
+    assert align.subject_on("meta").cost.flops == pytest.approx(2 * 8 * (3 * 8.18e9 + 3.63e9), rel=0.02)
+    bare, *_ = select(["preparation"])
+    assert bare.subject_on("meta").cost.flops == pytest.approx(8 * 2 * 8.18e9, rel=0.01)
+
+
+def test_targets_of_attacks_on_two_cores() -> None:
+    by_name = {case.name: case for case in select(["attacks"])}
+    large = by_name["mifgsm/resnet50 1 step/bf16/32x3x224x224"]
+    assert (large.targets, large.memory) == ({"torchattacks": 2.5, "model": 0.97, "gemm": 0.85}, 0.6)
+    assert by_name["mifgsm/tf_efficientnet_lite2 2 steps/bf16/8x3x224x224"].targets == {
+        "torchattacks": 3.3,
+        "model": 0.95,
+    }
+    # 2.5 in ten steps.
+    assert by_name["vmifgsm/resnet50 3 steps/bf16/4x3x224x224"].targets["torchattacks"] == pytest.approx(3.17, abs=0.01)
+    assert by_name["mifgsm/cifar_resnet20 4 steps/bf16/128x3x32x32"].targets["torchattacks"] == 3.0
+
+
+def test_bf16_is_not_measured_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(registry, "has_bf16", lambda device: False)
+    lacking = [case for case in select() if case.lacks(cpu) is not None]
+    assert lacking == [case for case in select(registry.MODELS) if case.dtype == "bf16"]
+    assert {case.lacks(cpu) for case in lacking} == {"this hardware has no bfloat16"}
+    monkeypatch.setattr(registry, "has_bf16", lambda device: True)
+    assert not [case for case in select() if case.lacks(cpu) is not None]
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
@@ -141,8 +167,8 @@ def test_places_are_those_the_peers_draw(rate: float, low: int, padded: int) -> 
 
 def test_selection() -> None:
     assert select() == [case for case in CASES if "cpu" in case.devices]
-    for device in ("cpu", "cuda"):
-        assert {case.group for case in select(device=device)} == {"ops", "attacks", "alignment"}
+    assert {case.group for case in select()} == set(registry.GROUPS)
+    assert {case.group for case in select(device="cuda")} == set(registry.GROUPS) - {"files"}
     assert {case.group for case in select(["attacks", "alignment"])} == {"attacks", "alignment"}
     assert select(["attacks"], ["sign_step"]) == []
     steps = select((), ["sign_step"], ["bf16"])
@@ -154,3 +180,8 @@ def test_selection() -> None:
         "sign_step/plain/bf16/8x3x224x224",
     ]
     assert select(match="nothing has this") == []
+    # Cases that differ in the number of steps too are of one kind.
+    assert [case.shape[0] for case in select(match="mifgsm/resnet50", dtypes=["fp32"], smallest=True)] == [8, 4]
+    usual = select(extended=False)
+    assert {case.kind for case in usual if case.group == "ops"} == {case.kind for case in OP_CASES}
+    assert {case.shape for case in usual if case.group == "ops"} == {(32, 3, 224, 224), (1024, 1000)}

@@ -78,9 +78,12 @@ def test_limits() -> None:
 def test_which_limit_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Cost(flops=1)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert [limit_of(run, "fp32"), limit_of(run, "bf16"), limit_of(Cost(moved=1), "bf16")] == ["tf32", "bf16", "memory"]
+    assert [limit_of(run, "fp32", A100), limit_of(run, "bf16", A100)] == ["tf32", "bf16"]
+    assert limit_of(Cost(moved=1), "bf16", A100) == limit_of(Cost(moved=1), "fp32", None) == "memory"
+    # On a CPU the settings for GPUs say nothing.
+    assert limit_of(run, "fp32", None) == "fp32"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert limit_of(run, "fp32") == "fp32"
+    assert limit_of(run, "fp32", A100) == "fp32"
 
 
 def test_facts_of_a_gpu(device: pytest.MonkeyPatch) -> None:

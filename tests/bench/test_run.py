@@ -6,16 +6,22 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from alignfast import cli
-from alignfast.bench import harness, machine
+from alignfast.bench import harness, machine, passes, registry
 from alignfast.bench import run as runner
+from alignfast.bench.history import read_report, seconds_of
+from alignfast.bench.limits import Limits
+from alignfast.bench.peak_memory import Peaks
+from alignfast.bench.peers import PEERS
 from alignfast.bench.registry import Case, select
 from alignfast.bench.roofline import A100
+from alignfast.memory import memory_state
 
 Choose = Callable[[Sequence[Case]], None]
 
@@ -34,6 +40,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Choose:
     def choose(cases: Sequence[Case]) -> None:
         monkeypatch.setattr(runner, "select", lambda *arguments, **settings: list(cases))
         monkeypatch.setattr(harness, "waiting", lambda: 0.0)
+        monkeypatch.setattr(runner, "measure_limits", lambda device: Limits({"fp32": 1e11}, 1e10))
 
     return choose
 
@@ -59,6 +66,8 @@ def test_the_table_and_the_file_hold_everything(
 ) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "123")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    kept = replace(memory_state(), kept=False, reason="of a reason")
+    monkeypatch.setattr(machine, "memory_state", lambda: kept)
     chosen([small(copy=1e9), small("philox_uniform", "unit")])
     path = tmp_path / "out.json"
     assert cli.run(["bench", *ARGUMENTS, "--threads", "1", "--json", str(path)]) == 0
@@ -66,16 +75,20 @@ def test_the_table_and_the_file_hold_everything(
     for word in ("sign_step", "philox_uniform", "plain", "2x3x8x8", "vs eager", "of copy", "missed: copy 1e+09"):
         assert word in printed
     assert " 1 thread," in printed
-    assert "MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are not both set" in printed
+    assert "Note: freed memory goes back to the kernel (of a reason)" in printed
+    assert "Products of matrices (GEMM) in GFLOP/s: fp32 100; copies: 10 GB/s." in printed
     assert "compiled" not in printed
     written = json.loads(path.read_text())
     assert written["settings"] == {"device": "cpu", "threads": 1, "seconds": 0.0, "compile": False}
     assert written["versions"]["torch"] == torch.__version__.partition("+")[0]
-    machine = written["machine"]
-    assert machine["allocator"] == {"MALLOC_MMAP_THRESHOLD_": "123", "MALLOC_TRIM_THRESHOLD_": None}
-    assert machine["backends"]["cpu"]["loaded"] is True
-    assert machine["kernels"] in {"baseline", "avx2", "avx512"}
-    assert machine["processor"]
+    assert set(PEERS) <= set(written["versions"])
+    assert written["limits"] == {"gemm": {"fp32": 1e11}, "copy": 1e10}
+    facts = written["machine"]
+    assert facts["allocator"] == {"MALLOC_MMAP_THRESHOLD_": "123", "MALLOC_TRIM_THRESHOLD_": None}
+    assert facts["memory"]["reason"] == "of a reason"
+    assert facts["backends"]["cpu"]["loaded"] is True
+    assert facts["kernels"] in {"baseline", "avx2", "avx512"}
+    assert facts["processor"]
     step, draws = written["cases"]
     assert step["name"] == "sign_step/plain/fp32/2x3x8x8"
     assert step["bytes"] == 4 * 2 * 3 * 8 * 8 * 4
@@ -168,6 +181,12 @@ def test_a_file_that_cannot_be_finished_is_not_begun(
         (["--group", "attacks", "--op", "smooth"], "match: got ''"),
         (["--compare", "/no/such/file.json"], "compare: cannot use /no/such/file.json"),
         (["--json", "/no/such/folder/out.json"], "json: cannot write to /no/such/folder"),
+        (["--markdown", __file__], f"markdown: {__file__} exists; give a new file"),
+        (["--plot", "/tmp/no-such-plot.gif"], "plot: got 'no-such-plot.gif'; allowed is a name that ends in .png"),
+        (["--memory", "--plot", "/tmp/no-such-plot.png"], "plot: got a file beside --memory"),
+        (["--memory", "--group", "ops"], "match: got ''"),
+        (["--read", "/no/such/file.json"], "read: cannot use /no/such/file.json"),
+        (["--history", __file__], f"history: cannot make {__file__} (File exists)"),
         (["--opp", "sign_step"], "No such option: --opp"),
     ],
 )
@@ -200,11 +219,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_note_where_the_allocator_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = runner.Settings("cpu", 1, 1.0, False)
-    for name in machine.ALLOCATOR:
-        monkeypatch.setenv(name, "1")
-    assert len(runner.notes(machine.machine(torch.device("cpu")), settings, [small()])) == 1
-    monkeypatch.delenv(machine.ALLOCATOR[0])
-    assert len(runner.notes(machine.machine(torch.device("cpu")), settings, [small()])) == 2
+    for kept, lines in ((True, 1), (False, 2)):
+        state = replace(memory_state(), kept=kept)
+        monkeypatch.setattr(machine, "memory_state", lambda state=state: state)
+        assert len(runner.notes(machine.machine(torch.device("cpu")), settings, {})) == lines
 
 
 def test_expectations_need_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +247,7 @@ def test_an_earlier_run_is_compared_with(chosen: Choose, tmp_path: Path, capsys:
     held = json.loads(path.read_text())
     step, draws = held["cases"]
     medians = {case["name"]: case["seconds"]["ours"]["median"] for case in (step, draws)}
-    assert runner.read_seconds(path) == medians
+    assert seconds_of(read_report(path, "compare")) == medians
     step["seconds"]["ours"]["median"] = 1e6
     draws["seconds"] = {}
     path.write_text(json.dumps(held))
@@ -237,6 +255,95 @@ def test_an_earlier_run_is_compared_with(chosen: Choose, tmp_path: Path, capsys:
     rows = [line.split("│")[-3].strip() for line in capsys.readouterr().out.splitlines() if "2x3x8x8" in line]
     assert float(rows[0]) > 1e6
     assert rows[1] == ""
+
+
+def test_a_folder_keeps_every_run_and_compares_with_the_one_before(
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen([small()])
+    folder = tmp_path / "runs"
+    for number, compared in enumerate((False, True, True), 1):
+        assert cli.run(["bench", *ARGUMENTS, "--history", str(folder)]) == 0
+        assert ("vs before" in capsys.readouterr().out) is compared
+        assert len(list(folder.iterdir())) == number
+
+
+def test_a_run_is_shown_again_as_table_and_markdown_and_plot(
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen([small(copy=1e9), wrong(small())])
+    path, page, plot = (tmp_path / name for name in ("out.json", "page.md", "plot.png"))
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(path)]) == 1
+    first = capsys.readouterr().out
+    table = first[first.index("sign_step") :]
+    again = ["bench", "--read", str(path), "--markdown", str(page), "--plot", str(plot), "--compare", str(path)]
+    assert cli.run(again) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "Products of matrices (GEMM) in GFLOP/s: fp32 100; copies: 10 GB/s."
+    assert cli.run(["bench", "--read", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(table)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    lines = page.read_text().splitlines()
+    assert "### sign_step" in lines
+    heads, marks, right, broken = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-4:])
+    assert heads[:4] == ["variant", "dtype", "shape", "MB moved"]
+    assert heads[-2:] == ["vs before", "target"]
+    assert marks[0] == "---"
+    assert marks[4] == "---:"
+    assert right[-2:] == ["1", "missed: copy 1e+09"]
+    assert broken[-1].startswith("WRONG: ours: result 0")
+    assert len(heads) == len(right) == len(broken)
+
+
+def test_what_cannot_be_measured_here_is_named(
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "has_bf16", lambda device: False)
+    bare = replace(select(["preparation"], dtypes=["bf16"])[0], shape=(1, 3, 8, 8))
+    chosen([bare, small()])
+    path = tmp_path / "out.json"
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(path)]) == 0
+    assert f"Skipped, this hardware has no bfloat16: {bare.name}." in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["skipped"] == {bare.name: "this hardware has no bfloat16"}
+    assert [case["subject"] for case in written["cases"]] == ["sign_step"]
+
+
+def test_passes_of_models_stand_beside_products_of_matrices(
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = select(["preparation"], dtypes=["fp32"])[0]
+    build = partial(passes.preparation, network="test_resnet")
+    chosen([replace(bare, shape=(2, 3, 32, 32), build=build, targets={"gemm": 1e9})])
+    path = tmp_path / "out.json"
+    assert cli.run(["bench", *ARGUMENTS, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("vs as loaded", "of GEMM", "missed: gemm 1e+09"):
+        assert word in printed
+    (told,) = json.loads(path.read_text())["cases"]
+    assert told["of_gemm"] == pytest.approx(told["flops"] / told["seconds"]["ours"]["median"] / 1e11)
+
+
+def test_memory_is_measured_instead_of_times(
+    chosen: Choose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = select(["attacks"], match="mifgsm/resnet50", dtypes=["fp32"])[0]
+    peaks = {"ours": 70_000_000, "torchattacks": 100_000_000}
+    monkeypatch.setattr(runner, "measure_memory", lambda case, device, threads: Peaks(case, peaks))
+    chosen([attack, small()])
+    path, page = tmp_path / "out.json", tmp_path / "page.md"
+    command = ["bench", "--memory", "--json", str(path), "--markdown", str(page)]
+    assert cli.run(command) == 0
+    printed = capsys.readouterr().out
+    for word in ("peak memory of a call", "ours MB", "torchattacks MB", "0.70", "missed: 0.6"):
+        assert word in printed
+    assert "sign_step" not in printed
+    written = json.loads(path.read_text())
+    assert written["cases"] == []
+    (told,) = written["memory"]
+    assert (told["peak_bytes"], told["of_torchattacks"], told["missed"]) == (peaks, 0.7, True)
+    assert "| 70 | 100 | 0.70 | missed: 0.6 |" in page.read_text()
+    assert cli.run(["bench", "--memory", "--gate"]) == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"cases": [{"name": "a", "seconds": {"ours": 1}}]}'])
@@ -277,6 +384,6 @@ def test_runs_of_a_gpu_show_peaks_and_expectations(
 def test_commands_of_the_page_are_understood() -> None:
     page = (Path(__file__).parents[2] / "bench" / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:ALIGNFAST_BACKEND=\w+ +)?alignfast (bench .*)$", page, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
         assert cli.run([*command.split(), "--list"]) == 0

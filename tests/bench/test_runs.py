@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from alignfast.attacks import create
+from alignfast.bench import networks, runs
 from alignfast.bench import run as runner
-from alignfast.bench import runs
+from alignfast.bench.peers import PEERS
 from alignfast.bench.registry import Case, select
 from alignfast.bench.runs import AlignmentRun, AttackRun
+from alignfast.models import prepare
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 32, 32)
@@ -33,8 +35,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def attack(preset: str = "mifgsm", steps: int = 3) -> AttackRun:
-    return AttackRun(preset, NETWORK, steps, SHAPE, CPU)
+def attack(
+    preset: str = "mifgsm",
+    steps: int = 3,
+    dtype: torch.dtype = torch.float32,
+    peers: tuple[str, ...] = ("torchattacks",),
+) -> AttackRun:
+    return AttackRun(preset, NETWORK, steps, SHAPE, dtype, CPU, peers)
+
+
+def rounded(model: Any, steps: float) -> Any:
+    """Weights that are off by a share of their size."""
+    noise = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data *= 1 + steps * torch.randn(parameter.shape, generator=noise)
+    return model
 
 
 def alignment(dtype: torch.dtype = torch.float32) -> AlignmentRun:
@@ -47,6 +62,52 @@ def test_attacks_agree_with_their_peers(preset: str) -> None:
     sides, fault = attack(preset).prepare(compiled=False)
     assert fault is None
     assert list(sides) == ["ours", "torchattacks", "model"]
+
+
+@pytest.mark.parametrize("preset", ["pgd", "mifgsm"])
+def test_attacks_agree_with_all_peers(preset: str) -> None:
+    for package in PEERS:
+        pytest.importorskip(package)
+    sides, fault = attack(preset, peers=tuple(PEERS)).prepare(compiled=False)
+    assert fault is None
+    assert list(sides) == ["ours", *PEERS, "model"]
+
+
+def test_a_peer_leaves_the_model_in_evaluation_mode() -> None:
+    """torchattacks puts a model that it is given in training mode back into it, with all of its parts."""
+    pytest.importorskip("torchattacks")
+    run = attack()
+    run.prepare(compiled=False)
+    assert not any(module.training for module in run._model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:precision. cpu computes bf16 in software")
+def test_attacks_in_bf16_are_near_those_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides, fault = attack(dtype=torch.bfloat16).prepare(compiled=False)
+    assert fault is None
+    assert "torchattacks" in sides
+    monkeypatch.setattr(runs, "TURNED_IN_BF16", 0.0)
+    monkeypatch.setattr(runs, "OF_AUTOCAST", 0.0)
+    _, fault = attack(dtype=torch.bfloat16).prepare(compiled=False)
+    assert fault is not None
+    assert "of the pixels differ from those in float32, allowed are 0%" in fault
+
+
+@pytest.mark.filterwarnings("ignore:precision. cpu computes bf16 in software")
+def test_an_unfaithful_model_in_bf16_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(model: Any, images: Tensor, precision: str) -> Any:
+        made = prepare(model, images, precision)
+        return rounded(made, 0.5) if precision == "bf16" else made
+
+    monkeypatch.setattr(runs, "prepare", prepared)
+    _, fault = attack(dtype=torch.bfloat16).prepare(compiled=False)
+    assert fault is not None
+    assert "of the pixels differ from those in float32, allowed are 10%" in fault
+
+
+def test_as_many_signs_may_turn_as_rounding_turns() -> None:
+    assert runs.turned_in_bf16(0.01) == 0.1
+    assert runs.turned_in_bf16(0.2) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -94,18 +155,20 @@ def test_an_attack_that_stays_where_it_was_is_wrong_without_a_peer() -> None:
     assert run._constrained({"ours": run._images}) == "ours: moves pixels by 0, needed is 0"
 
 
-def test_without_torchattacks_attacks_stand_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "torchattacks", lambda: None)
-    monkeypatch.setattr(runner, "torchattacks", lambda: None)
-    sides, fault = attack().prepare(compiled=False)
+def test_without_peers_attacks_stand_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (runs, runner):
+        monkeypatch.setattr(module, "installed", lambda package: None)
+    sides, fault = attack(peers=tuple(PEERS)).prepare(compiled=False)
     assert fault is None
     assert list(sides) == ["ours", "model"]
+    skipped = runner.lacking(select(["attacks"], dtypes=["fp32"]), CPU)
+    assert list(skipped) == list(PEERS)
     facts = {"gpu": {"name": "a GPU", "smi": None}, "chosen": "triton"}
     settings = runner.Settings("cuda", 1, 1.0, False)
-    first, note = runner.notes(facts, settings, select(["attacks"]))
+    first, note, *_ = runner.notes(facts, settings, skipped)
     assert first.startswith("a GPU, driver unknown, backend of the ops: triton")
-    assert note.startswith("Note: torchattacks is not installed (pip install --no-deps torchattacks==3.5.1")
-    assert len(runner.notes(facts, settings, select(["ops"]))) == 1
+    assert note == "Skipped, not installed (pip install --no-deps torchattacks==3.5.1): torchattacks."
+    assert runner.lacking(select(["ops"]), CPU) == {}
 
 
 def test_passes_are_those_that_the_attack_makes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +179,12 @@ def test_passes_are_those_that_the_attack_makes(monkeypatch: pytest.MonkeyPatch)
         assert run.passes == passes
         assert len(run._labels) == 2
         batches.clear()
-        watched = run._model.module.register_forward_hook(lambda module, given, out: batches.append(len(out)))
+        bare = run._bare_passes()
+        watched = run._prepared.module.register_forward_hook(lambda module, given, out: batches.append(len(out)))
         run._ours()(run._images, run._labels)
         ours = list(batches)
         batches.clear()
-        run._bare_passes()
+        bare()
         watched.remove()
         assert ours == batches == [2 * copies for copies in passes]
 
@@ -135,15 +199,15 @@ def test_on_cuda_there_is_a_side_without_the_graph(monkeypatch: pytest.MonkeyPat
         return create(name, source, **parameters)
 
     run = attack()
-    prepared = {"_model": run._model, "_images": run._images, "_labels": run._labels}
-    on_gpu = AttackRun(run.preset, run.network, run.steps, run.shape, torch.device("cuda"))
-    on_gpu.__dict__.update(prepared)
+    made_before = {name: getattr(run, name) for name in ("_model", "_prepared", "_images", "_labels")}
+    on_gpu = replace(run, device=torch.device("cuda"), peers=())
+    on_gpu.__dict__.update(made_before)
     monkeypatch.setattr(runs, "create", made)
     monkeypatch.setattr(runs, "captured", lambda call, device: (device.type, call))
     sides, fault = on_gpu.prepare(compiled=False)
     assert fault is None
     assert list(sides)[:2] == ["ours", "no graph"]
-    assert sides["model"] == ("cuda", on_gpu._bare_passes)
+    assert sides["model"][0] == "cuda"
     assert [given.get("cuda_graph") for given in asked[:2]] == [None, False]
 
 
@@ -173,7 +237,7 @@ def test_bare_passes_are_captured_once_on_cuda(monkeypatch: pytest.MonkeyPatch) 
     }
     for name, stand_in in cuda.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    runs.captured(lambda: done.append("passes"), torch.device("cuda"))()
+    networks.captured(lambda: done.append("passes"), torch.device("cuda"))()
     warm_up = ["side waits", "into side", "passes", "passes", "passes", "out of side", "main waits"]
     assert done == [*warm_up, "into graph", "passes", "out of graph", "replay"]
 
@@ -205,9 +269,9 @@ def test_another_alignment_is_noticed(change: dict[str, Any], monkeypatch: pytes
     assert fault.startswith("ours: losses are off the plain loop's by")
 
 
-def test_full_precision_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_as_it_was_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with runs.full_precision():
+    with networks.tf32(False):
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32
@@ -216,16 +280,17 @@ def test_full_precision_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_networks_are_the_same_every_time_and_leave_the_generator() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second, other = (runs.classifier(NETWORK, (3, 32, 32), CPU, seed=seed) for seed in (0, 0, 1))
+    first, second, other = (networks.classifier(NETWORK, (3, 32, 32), CPU, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     states = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, second, other)]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
 
-def test_cases_of_attacks_build_runs() -> None:
-    case: Case = select(["attacks"], match="vmifgsm", smallest=True)[0]
-    assert case.name == "vmifgsm/resnet18 2 steps/fp32/8x3x224x224"
-    assert case.subject_on("cpu") == AttackRun("vmifgsm", "resnet18", 2, (8, 3, 224, 224), CPU)
+def test_cases_build_runs() -> None:
+    shape = (8, 3, 224, 224)
+    case: Case = select(["attacks"], match="mifgsm/resnet50 2 steps/fp32")[0]
+    assert case.name == "mifgsm/resnet50 2 steps/fp32/8x3x224x224"
+    assert case.subject_on("cpu") == AttackRun("mifgsm", "resnet50", 2, shape, torch.float32, CPU, tuple(PEERS))
     align, *_ = select(["alignment"])
-    assert align.subject_on("cpu") == AlignmentRun("resnet50", "resnet18", 4, (8, 3, 224, 224), torch.float32, CPU)
+    assert align.subject_on("cpu") == AlignmentRun("resnet50", "resnet18", 2, shape, torch.float32, CPU)

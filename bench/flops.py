@@ -1,0 +1,59 @@
+"""Floating-point operations of a model's passes, counted by torch, with its error about groups put right."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+KINDS = ("forward", "input gradient", "training")
+Sizes = list[int]
+
+
+def count_flops(model: nn.Module, images: Tensor, kind: str) -> int:
+    """Operations, a multiply-add being two, of one of `KINDS`; the gradients include the forward pass.
+
+    model: maps images to logits; left with gradients and `requires_grad` as the kind needs them, so a copy that
+        nobody else uses, on torch's "meta" device for one without memory.
+    images: [N, C, H, W], without a gradient.
+    """
+    model.requires_grad_(kind == "training")
+    leaf = images.detach().requires_grad_(kind == "input gradient")
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+        logits = model(leaf)
+        if kind != "forward":
+            logits.sum().backward()
+    flops: int = counter.get_total_flops()
+    return flops
+
+
+def convolution_backward(
+    grad: Sizes,
+    images: Sizes,
+    weight: Sizes,
+    bias: Any,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    transposed: bool,
+    output_padding: Sizes,
+    groups: int,
+    wanted: list[bool],
+    **others: Any,
+) -> int:
+    """Of the gradients that are wanted: (of the images, of the weights, of the bias, which is not counted).
+
+    Either takes as many multiply-adds as the forward pass: each weight meets each position that it was at. The weight
+    has [out, in / groups, ...], so the groups are in its size. torch 2.14 counts the gradient of the weights from the
+    channels of `images` and of `grad`, as if every one met every other: too many by a factor of `groups`, which for a
+    depthwise convolution is the number of channels.
+    """
+    positions = images if transposed else grad
+    forward = 2 * positions[0] * prod(positions[2:]) * prod(weight)
+    return forward * (wanted[0] + wanted[1])
+
+
+CORRECTED = {torch.ops.aten.convolution_backward: convolution_backward}

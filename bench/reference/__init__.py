@@ -1,0 +1,1 @@
+"""What people run without the library, restated in plain PyTorch."""

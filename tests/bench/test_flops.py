@@ -1,0 +1,54 @@
+"""Operations counted by hand, of layers of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alignfast.bench.flops import count_flops
+from alignfast.bench.networks import CIFAR_RESNET20, flops_of
+
+# 2 images of 8 channels and 6 x 6 pixels. A 3 x 3 convolution with margins has 36 places in each, at stride 2 only 9.
+IMAGES = (2, 8, 6, 6)
+LAYERS = {
+    "plain": (nn.Conv2d(8, 4, 3, padding=1, bias=False), 2 * 2 * 36 * 4 * 8 * 9),
+    "strided": (nn.Conv2d(8, 4, 3, stride=2, padding=1), 2 * 2 * 9 * 4 * 8 * 9),
+    # A weight is that of one group.
+    "grouped": (nn.Conv2d(8, 4, 3, padding=1, groups=2), 2 * 2 * 36 * 4 * 4 * 9),
+    "depthwise": (nn.Conv2d(8, 8, 3, padding=1, groups=8), 2 * 2 * 36 * 8 * 1 * 9),
+    "depthwise, two each": (nn.Conv2d(8, 16, 3, padding=1, groups=8), 2 * 2 * 36 * 16 * 1 * 9),
+    # Every pixel that goes in meets every weight of its group.
+    "transposed": (nn.ConvTranspose2d(8, 4, 3, groups=2), 2 * 2 * 36 * 8 * 2 * 9),
+    "linear": (nn.Linear(6, 5), 2 * 2 * 8 * 6 * 6 * 5),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_takes_as_many_operations_as_the_forward_pass(name: str, device: str) -> None:
+    layer, forward = LAYERS[name]
+    images = torch.zeros(IMAGES, device=device)
+    for kind, times in {"forward": 1, "input gradient": 2, "training": 2}.items():
+        assert count_flops(layer.to(device), images, kind) == times * forward, kind
+
+
+def test_both_gradients_are_counted_in_the_middle_of_a_network() -> None:
+    """Training needs the gradients of a depthwise layer's weights and of its input, for the layer before."""
+    first, second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    before, depthwise = 2 * 2 * 36 * 8 * 8, 2 * 2 * 36 * 8 * 9
+    network = nn.Sequential(first, second)
+    images = torch.zeros(IMAGES)
+    assert count_flops(network, images, "training") == 2 * before + 3 * depthwise
+    assert count_flops(network, images, "input gradient") == 2 * (before + depthwise)
+
+
+def test_training_of_a_network_with_depthwise_layers_is_three_forward_passes() -> None:
+    """Less the gradient of the images, which is that of the first layer's input."""
+    forward, trained = (flops_of("tf_efficientnet_lite0", (3, 64, 64), kind) for kind in ("forward", "training"))
+    assert 2.9 * forward < trained < 3 * forward
+
+
+def test_the_small_network_is_he_et_als() -> None:
+    """40.8 million multiply-adds, as its authors' successors count them."""
+    assert flops_of(CIFAR_RESNET20, (3, 32, 32), "forward") == pytest.approx(2 * 40.55e6, rel=2e-3)
