@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from alignfast.alignment import AlignConfig
 from alignfast.alignment.loop import fit
+from alignfast.alignment.run import Run
+from alignfast.alignment.stream import Stream
+from alignfast.alignment.terms import terms_of
+from alignfast.alignment.witnesses import Witnesses
 from alignfast.attacks import Attack, create
+from alignfast.data import as_batches
 from alignfast.models import Classifier, prepare
 
 from .networks import Normalised, captured, classifier, flops_of, input_gradient, tf32
@@ -39,6 +45,8 @@ TURNED_IN_BF16, OF_AUTOCAST = 0.1, 1.25
 # A peer draws other numbers; an attack moves the pixels by at least this share of the way that the peer does.
 LEAST_WAY = 0.5
 ROUNDING_OF_BOUNDS = 1e-6
+# Of a run that is asked for a few steps at a time, so that its learning rate hardly falls.
+MANY_STEPS = 10**6
 # Relative to the first loss, between sequences of losses.
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.0**-5}
 
@@ -136,10 +144,6 @@ class AttackRun:
         return prepare(self._model, self._images, PRECISIONS[self.dtype])
 
     @cached_property
-    def _in_fp32(self) -> Classifier:
-        return self._prepared if self.dtype == torch.float32 else prepare(self._model, self._images[:1], "fp32")
-
-    @cached_property
     def _images(self) -> Tensor:
         return uniform(self.shape, 1, device=self.device)
 
@@ -171,28 +175,31 @@ class AttackRun:
         return call
 
     def _compared(self) -> str | None:
-        """Ours in float32 takes the steps of each peer of the same definition where nothing is drawn, up to the signs
-        that rounding turns."""
+        """Ours, on the model as loaded, takes the steps of each peer of the same definition where nothing is drawn, up
+        to the signs that rounding turns."""
         fixed = {**ATTACKS[self.preset].fixed, "steps": CHECKED_STEPS}
         for peer in self._beside:
             if self.preset not in PEERS[peer].alike:
                 continue
             with tf32(False):
-                ours = self._ours(self._in_fp32, **fixed)(*self._few)
+                ours = self._ours(self._model, **fixed)(*self._few)
                 theirs = self._theirs(peer, **fixed)(*self._few)
             if (fault := _differs(ours, theirs, TOLERATED_SHARE, f"{peer}'")) is not None:
                 return fault
         return None
 
     def _faithful(self) -> str | None:
-        """In bfloat16 the first step is that of float32 on most pixels."""
-        if self.dtype == torch.float32:
-            return None
+        """The first step on the prepared model is that on the model as loaded, on most pixels. Further steps of a
+        network with random weights may go elsewhere by rounding alone, which turns activations on or off."""
         fixed = {**ATTACKS[self.preset].fixed, "steps": 1}
-        ours, wanted = (self._ours(model, **fixed)(*self._few) for model in (self._prepared, self._in_fp32))
-        with torch.autocast(self.device.type, torch.bfloat16):
-            rounded = self._ours(self._model, cuda_graph=False, **fixed)(*self._few)
-        return _differs(ours, wanted, turned_in_bf16(_share(rounded, wanted)), "those in float32")
+        with tf32(False):
+            ours, wanted = (self._ours(model, **fixed)(*self._few) for model in (self._prepared, self._model))
+            tolerated = TOLERATED_SHARE
+            if self.dtype == torch.bfloat16:
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    rounded = self._ours(self._model, cuda_graph=False, **fixed)(*self._few)
+                tolerated = turned_in_bf16(_share(rounded, wanted))
+        return _differs(ours, wanted, tolerated, "those of the model as loaded")
 
     @property
     def _few(self) -> tuple[Tensor, Tensor]:
@@ -244,7 +251,8 @@ def _differs(ours: Tensor, wanted: Tensor, tolerated: float, whose: str) -> str 
 @dataclass(frozen=True)
 class AlignmentRun:
     """Sides: "ours"; "plain", the authors' loop in the case's precision; where that is bfloat16, "authors", the same in
-    float32, as they run it; "model", the passes and gradients without loss and update."""
+    float32, as they run it; "model", the passes and gradients of ours without loss and update. All are set up before
+    they are timed, since a run has thousands of steps."""
 
     source: str
     witness: str
@@ -260,10 +268,10 @@ class AlignmentRun:
         return Cost(flops=self.steps * self.shape[0] * (trained + asked))
 
     def sides(self) -> dict[str, Call]:
-        sides: dict[str, Call] = {"ours": self._ours, "plain": self._plain}
+        sides: dict[str, Call] = {"ours": self._ours(), "plain": self._plain()}
         if self.dtype == torch.bfloat16:
-            sides["authors"] = partial(self._plain, autocast=False)
-        return sides | {"model": self._bare_passes}
+            sides["authors"] = self._plain(autocast=False)
+        return sides | {"model": self._bare_passes()}
 
     def prepare(self, *, compiled: bool) -> tuple[dict[str, Call], str | None]:
         return self.sides(), self._fault()
@@ -271,7 +279,9 @@ class AlignmentRun:
     def _fault(self) -> str | None:
         """The losses of both loops, step by step."""
         with tf32(False):
-            ours, plain = self._ours(), self._plain()
+            source, witness = self._models
+            history = fit(copy.deepcopy(source), [witness], self._batches, self._config)
+            ours, plain = [entry["loss"] for entry in history], self._plain()()
         worst = max(abs(a - b) for a, b in zip(ours, plain, strict=True)) / abs(plain[0])
         allowed = LOSS_TOLERANCE[self.dtype]
         if not worst <= allowed:
@@ -292,27 +302,42 @@ class AlignmentRun:
     def _config(self) -> AlignConfig:
         return AlignConfig(temperature=TEMPERATURE, precision=PRECISIONS[self.dtype], channels_last=True)
 
-    def _ours(self) -> list[float]:
-        source, witness = self._models
-        return [entry["loss"] for entry in fit(copy.deepcopy(source), [witness], self._batches, self._config)]
+    def _ours(self) -> Callable[[], None]:
+        student, batches, stack = self._student(), list(as_batches(self._batches)), ExitStack()
+        terms = stack.enter_context(terms_of(student, [self._models[1]], self._config, batches[0].images))
+        run = Run(terms, Stream(self._batches), self._config, MANY_STEPS, [self._models[1]], ())
 
-    def _plain(self, autocast: bool = True) -> list[float]:
-        source, witness = copy.deepcopy(self._models[0]), self._models[1]
-        recipe = reference.Recipe(TEMPERATURE)
+        def call() -> None:
+            for batch in batches:
+                run.take([batch])
+                run.read()
+
+        return call
+
+    def _plain(self, autocast: bool = True) -> Callable[[], list[float]]:
+        source, witness = (Normalised(copy.deepcopy(model)) for model in self._models)
         precision = self._autocast() if autocast else None
-        return reference.align(Normalised(source), Normalised(witness), self._batches, recipe, precision)
+        return partial(reference.align, source, witness, self._batches, reference.Recipe(TEMPERATURE), precision)
 
-    def _bare_passes(self) -> None:
-        source, witness = self._models
-        parameters = list(source.parameters())
-        source.train()
-        for images, _ in self._batches:
-            with self._autocast():
-                outcome = source.module(images).float().sum()
-                with torch.no_grad():
-                    witness.module(images)
-            torch.autograd.grad(outcome, parameters)
-        source.eval()
+    def _bare_passes(self) -> Callable[[], None]:
+        student, images = self._student(), self._batches[0][0]
+        witnesses = Witnesses([self._models[1]], precision=self._config.precision, example=images[:2])
+        parameters = list(student.parameters())
+
+        def call() -> None:
+            for images, _ in self._batches:
+                with self._autocast():
+                    outcome = student.logits(images).float().sum()
+                witnesses.logits(images)
+                torch.autograd.grad(outcome, parameters)
+
+        return call
+
+    def _student(self) -> Classifier:
+        """A copy of the source as it is trained."""
+        student = copy.deepcopy(self._models[0]).train().to(memory_format=torch.channels_last)
+        student.memory_format = torch.channels_last
+        return student
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)

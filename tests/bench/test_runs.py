@@ -90,7 +90,7 @@ def test_attacks_in_bf16_are_near_those_in_fp32(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runs, "OF_AUTOCAST", 0.0)
     _, fault = attack(dtype=torch.bfloat16).prepare(compiled=False)
     assert fault is not None
-    assert "of the pixels differ from those in float32, allowed are 0%" in fault
+    assert "of the pixels differ from those of the model as loaded, allowed are 0%" in fault
 
 
 @pytest.mark.filterwarnings("ignore:precision. cpu computes bf16 in software")
@@ -102,7 +102,7 @@ def test_an_unfaithful_model_in_bf16_is_noticed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runs, "prepare", prepared)
     _, fault = attack(dtype=torch.bfloat16).prepare(compiled=False)
     assert fault is not None
-    assert "of the pixels differ from those in float32, allowed are 10%" in fault
+    assert "of the pixels differ from those of the model as loaded, allowed are 10%" in fault
 
 
 def test_as_many_signs_may_turn_as_rounding_turns() -> None:
