@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import pad_same
+from timm.layers.padding import get_same_padding, pad_same
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -79,11 +79,22 @@ class FrozenConv2d(nn.Conv2d):
 
 
 class FrozenConv2dSame(Conv2dSame):
-    """The same behind TensorFlow's padding, which depends on the size of the input."""
+    """The same behind TensorFlow's padding, which depends on the size of the input.
+
+    Where it is alike on both sides, the convolution pads by itself. Where it is one more below or on the right, a
+    depthwise convolution is given a kernel with one more zero above or on the left instead: both save a copy of the
+    input. Others do more work for these zeros than a copy takes.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        kernel, stride, dilation = (list(sizes) for sizes in (self.kernel_size, self.stride, self.dilation))
-        return _convolved(pad_same(input, kernel, stride, dilation), self, (0, 0))
+        sizes = zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        down, right = (get_same_padding(*each) for each in sizes)
+        more = (right % 2, 0, down % 2, 0)
+        if any(more) and not (self.groups == self.in_channels and self.dilation == (1, 1)):
+            kernel, stride, dilation = (list(each) for each in (self.kernel_size, self.stride, self.dilation))
+            return _convolved(pad_same(input, kernel, stride, dilation), self, (0, 0))
+        weight = nn.functional.pad(self.weight, more) if any(more) else self.weight
+        return _convolved(input, self, ((down + 1) // 2, (right + 1) // 2), weight)
 
 
 class ReLU6InPlace(nn.ReLU6):
@@ -98,8 +109,9 @@ KEEP_LESS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _convolved(images: Tensor, layer: nn.Conv2d, padding: Any) -> Tensor:
-    return _applied(_Convolution, images, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+def _convolved(images: Tensor, layer: nn.Conv2d, padding: Any, weight: Tensor | None = None) -> Tensor:
+    weight = layer.weight if weight is None else weight
+    return _applied(_Convolution, images, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def _applied(function: type[Function], *arguments: Any) -> Tensor:

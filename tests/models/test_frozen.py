@@ -78,6 +78,25 @@ def test_rectifiers_give_the_same_bits() -> None:
         assert torch.equal(wanted, found)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 8, 10), (2, 4, 7, 9), (2, 4, 7, 8), (2, 4, 8, 7), (1, 4, 1, 1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Conv2dSame(4, 8, 3, stride=2),
+        lambda: Conv2dSame(4, 4, 3, stride=2, groups=4),
+        lambda: Conv2dSame(4, 8, 5, stride=2, groups=4, bias=False),
+        lambda: Conv2dSame(4, 4, 4, groups=4),
+        lambda: Conv2dSame(4, 4, 2, groups=4, dilation=3),
+    ],
+    ids=["full", "depthwise", "wide", "even", "dilated"],
+)
+def test_padding_as_tensorflow_has_it(make: Callable[[], nn.Conv2d], shape: tuple[int, ...]) -> None:
+    plain, less = both(make())
+    for layout in LAYOUTS:
+        for wanted, found in zip(passes(plain, rows(shape, layout)), passes(less, rows(shape, layout)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def kept(module: nn.Module, x: Tensor) -> int:
     """Bytes of what the backward pass finds, besides weights."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
