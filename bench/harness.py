@@ -146,12 +146,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "name": self.case.name,
-            "group": self.case.group,
-            "subject": self.case.subject,
-            "variant": self.case.variant,
-            "dtype": self.case.dtype,
-            "shape": list(self.case.shape),
+            **self.case.to_dict(),
             "bytes": self.cost.moved,
             "flops": self.cost.flops,
             "wrong": self.fault,

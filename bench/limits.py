@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from alignfast.models.preparation import in_hardware
+
 from .clock import clock_of
 from .networks import tf32
 
@@ -44,9 +46,7 @@ def measure_limits(device: torch.device, *, side: int | None = None, copied: int
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 in hardware; elsewhere it is emulated, hundreds of times slower."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type in SIDE and in_hardware(torch.bfloat16, device)
 
 
 def _gemm(dtype: torch.dtype, side: int, device: torch.device) -> float:

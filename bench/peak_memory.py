@@ -42,12 +42,7 @@ class Peaks:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "name": self.case.name,
-            "group": self.case.group,
-            "subject": self.case.subject,
-            "variant": self.case.variant,
-            "dtype": self.case.dtype,
-            "shape": list(self.case.shape),
+            **self.case.to_dict(),
             "wrong": self.fault,
             "peak_bytes": self.peaks,
             "of_torchattacks": self.of_torchattacks,

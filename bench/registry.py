@@ -108,6 +108,17 @@ class Case:
         """What it has in common with cases of other shapes, which may have other numbers of steps."""
         return self.subject, re.sub(r" \d+ steps?$", "", self.variant), self.dtype
 
+    def to_dict(self) -> dict[str, Any]:
+        """What names it in a report."""
+        return {
+            "name": self.name,
+            "group": self.group,
+            "subject": self.subject,
+            "variant": self.variant,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+
     def lacks(self, device: torch.device) -> str | None:
         """Why it is not measured there, or None."""
         if self.group in MODELS and self.dtype == "bf16" and not has_bf16(device):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from alignfast.checks import check_choice, check_count, check_device, check_known, check_number
 from alignfast.evaluation.plots import FORMATS, save_figure
@@ -30,6 +32,8 @@ from .peers import PEERS, installed
 from .picture import ratio_plot
 from .registry import DEVICES, DTYPES, GROUPS, OPS, Case, select
 from .tables import by_subject, expected_table, limits_line, markdown, memory_table, results_table
+
+Measured = TypeVar("Measured", Result, Peaks)
 
 SECONDS, QUICK_SECONDS = 2.0, 0.3
 PLAIN_WIDTH = 200
@@ -167,11 +171,13 @@ def _measure(
         console.print(note, highlight=False, soft_wrap=True)
     present = [case for case in cases if case.name not in skipped]
     if memory:
-        peaks = _measure_memory(present, settings, console)
+        peak = partial(measure_memory, device=settings.device, threads=settings.threads)
+        peaks = _each(present, peak, memory_table, console)
         return report(settings, facts, skipped, peaks=peaks), verdict(peaks, gate=gate)
     limits = measure_limits(place)
     console.print(limits_line(asdict(limits)), highlight=False, soft_wrap=True)
-    results = _measure_all(present, settings, limits, before, console)
+    time = partial(measure, device=settings.device, seconds=settings.seconds, compiled=settings.compile, limits=limits)
+    results = _each(present, time, partial(results_table, before=before), console)
     after = smi(place) if place.type == "cuda" else None
     told = report(settings, facts, skipped, limits=limits, results=results) | {"smi_after": after}
     return told, verdict(results, gate=gate)
@@ -263,29 +269,19 @@ def _expect(cases: Sequence[Case], json: Path | None, console: Console) -> int:
     return 0
 
 
-def _measure_all(
-    cases: Sequence[Case], settings: Settings, limits: Limits, before: Mapping[str, float], console: Console
-) -> list[Result]:
-    results: list[Result] = []
+def _each(
+    cases: Sequence[Case],
+    measured: Callable[[Case], Measured],
+    table: Callable[[Sequence[Mapping[str, Any]]], Table],
+    console: Console,
+) -> list[Measured]:
+    """What is measured of the cases, with a table for each subject as soon as it is there."""
+    results: list[Measured] = []
     for name, group in groupby(cases, lambda case: case.subject):
         of_subject = list(group)
         with progress(name, len(of_subject), "cases") as advance:
             for case in of_subject:
-                device, seconds, compiled = settings.device, settings.seconds, settings.compile
-                results.append(measure(case, device=device, seconds=seconds, compiled=compiled, limits=limits))
+                results.append(measured(case))
                 advance(1, case.name)
-        shown = [result.to_dict() for result in results[-len(of_subject) :]]
-        console.print(results_table(shown, before))
+        console.print(table([result.to_dict() for result in results[-len(of_subject) :]]))
     return results
-
-
-def _measure_memory(cases: Sequence[Case], settings: Settings, console: Console) -> list[Peaks]:
-    peaks: list[Peaks] = []
-    for name, group in groupby(cases, lambda case: case.subject):
-        of_subject = list(group)
-        with progress(name, len(of_subject), "cases") as advance:
-            for case in of_subject:
-                peaks.append(measure_memory(case, settings.device, settings.threads))
-                advance(1, case.name)
-        console.print(memory_table([one.to_dict() for one in peaks[-len(of_subject) :]]))
-    return peaks

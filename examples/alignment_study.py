@@ -31,6 +31,7 @@ import alignfast as af
 from alignfast.alignment.embeddings import EMBEDDINGS
 from alignfast.data import augmented, load_dataset, loader, spread_indices
 from alignfast.files import write_json, write_text
+from alignfast.models.preparation import in_hardware
 
 BATCH, CROP = 128, 0.9
 # Small enough that the source as it was leaves room above it.
@@ -79,7 +80,7 @@ SETTINGS: dict[str, Setting] = {
 def main() -> None:
     parts = sorted({one.part for one in SETTINGS.values()})
     # Without the hardware bfloat16 is hundreds of times slower.
-    fast = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    fast = "bf16" if in_hardware(torch.bfloat16, torch.device("cpu")) else "fp32"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

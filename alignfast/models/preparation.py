@@ -137,7 +137,7 @@ def prepare(
         each = zip(source.members, parts, strict=True)
         return _together(source, [prepare(member, images, part, compiled=compiled) for member, part in each])
     dtypes = [DTYPES[name]] if name != "auto" else _fast_dtypes(images.device)
-    if not _in_hardware(dtypes[0], images.device):
+    if not in_hardware(dtypes[0], images.device):
         text = f"precision: {images.device} computes {name} in software, far slower than fp32"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     with _refusing(name, images.device):
@@ -287,10 +287,11 @@ def _attention(model: nn.Module) -> bool | None:
 
 
 def _fast_dtypes(device: torch.device) -> list[torch.dtype]:
-    return [dtype for dtype in (torch.float32, torch.bfloat16) if _in_hardware(dtype, device)]
+    return [dtype for dtype in (torch.float32, torch.bfloat16) if in_hardware(dtype, device)]
 
 
-def _in_hardware(dtype: torch.dtype, device: torch.device) -> bool:
+def in_hardware(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device computes in float32, bfloat16 or float16 without emulating it; True where it is not known."""
     if dtype == torch.float32 or device.type not in ("cpu", "cuda"):
         return True
     if device.type == "cuda":

@@ -15,10 +15,11 @@ from alignfast.compat.model_alignment import DistillKL, model_alignment
 
 def models() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    return tuple(  # type: ignore[return-value]
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 7))
-        for _ in range(2)
-    )
+    return network(), network()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 7))
 
 
 def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:

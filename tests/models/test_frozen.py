@@ -32,7 +32,7 @@ def rows(shape: tuple[int, ...] = (2, 4, 7, 9), layout: str = "contiguous") -> T
     return cases.normal(shape, 1, torch.float64).contiguous(memory_format=LAYOUTS[layout])
 
 
-def both(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+def both(module: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     """The module in double precision, frozen, and the same with less kept."""
     plain = nn.Sequential(module.double().eval().requires_grad_(False))
     less = copy.deepcopy(plain)
@@ -53,7 +53,7 @@ def passes(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_give_the_same_bits(name: str, layout: str) -> None:
     plain, less = both(CONVOLUTIONS[name]())
-    assert type(less[0]) in (frozen.FrozenConv2d, frozen.FrozenConv2dSame)  # type: ignore[index]
+    assert type(less[0]) in (frozen.FrozenConv2d, frozen.FrozenConv2dSame)
     x = rows(layout=layout)
     for wanted, found in zip(passes(plain, x), passes(less, x), strict=True):
         assert torch.equal(wanted, found)
@@ -71,7 +71,7 @@ def test_gradients_of_convolutions(name: str) -> None:
 
 def test_rectifiers_give_the_same_bits() -> None:
     plain, less = both(nn.ReLU6(inplace=True))
-    assert isinstance(less[0], nn.ReLU6)  # type: ignore[index]
+    assert isinstance(less[0], nn.ReLU6)
     x = 5 * rows()
     x.view(-1)[:3] = torch.tensor([0.0, 6.0, -0.0])
     for wanted, found in zip(passes(plain, x), passes(less, x), strict=True):

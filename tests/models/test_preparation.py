@@ -146,7 +146,7 @@ def test_members_of_an_ensemble_are_prepared_each() -> None:
 
 
 def two_halves(monkeypatch: pytest.MonkeyPatch, seconds: dict[torch.dtype, float]) -> None:
-    monkeypatch.setattr(preparation, "_in_hardware", lambda dtype, device: True)
+    monkeypatch.setattr(preparation, "in_hardware", lambda dtype, device: True)
     monkeypatch.setattr(preparation, "_seconds", lambda prepared, images: seconds[prepared.dtype])
 
 
@@ -172,8 +172,8 @@ def test_auto_takes_float32_where_it_is_faster_or_alone_is_faithful(monkeypatch:
     assert "below 0.99999999, so not taken" in str(prepared.preparation)
 
 
-def test_auto_tries_what_the_device_computes_in_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_in_hardware", lambda dtype, device: dtype == torch.float32)
+def test_auto_tries_what_the_device_computesin_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "in_hardware", lambda dtype, device: dtype == torch.float32)
     prepared = prepare(model(), images())
     assert prepared.preparation is not None
     assert [trial.form.dtype for trial in prepared.preparation.trials] == [torch.float32]
@@ -208,7 +208,7 @@ def test_a_choice_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_device_computes_in_software_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_in_hardware", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(preparation, "in_hardware", lambda dtype, device: dtype == torch.float32)
     with pytest.warns(RuntimeWarning, match="precision: cpu computes bf16 in software, far slower than fp32"):
         prepare(model(), images(), "bf16")
 
