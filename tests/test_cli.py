@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import alignfast as af
 from alignfast import cli
 from alignfast.attacks import PRESETS
+from alignfast.commands import attack as attacking
 from alignfast.config import MatrixConfig, number
 from alignfast.evaluation import matrix
 from alignfast.models import fingerprint, preparation
@@ -153,7 +154,7 @@ def test_a_compiled_source_sees_one_size_of_batch(
     photos: Path, checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiling takes long; here it is only asked for."""
-    run, prepared, sizes, asked = af.attacks.Attack.__call__, cli.prepared_alike, [], []
+    run, prepared, sizes, asked = af.attacks.Attack.__call__, attacking.prepared_alike, [], []
 
     def counted(self: af.attacks.Attack, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         sizes.append(len(images))
@@ -164,7 +165,7 @@ def test_a_compiled_source_sees_one_size_of_batch(
         return prepared(*args)
 
     monkeypatch.setattr(af.attacks.Attack, "__call__", counted)
-    monkeypatch.setattr(cli, "prepared_alike", uncompiled)
+    monkeypatch.setattr(attacking, "prepared_alike", uncompiled)
     assert cli.run(attack(photos, checkpoints[0], tmp_path / "plain", name="difgsm")) == 0
     assert cli.run(attack(photos, checkpoints[0], tmp_path / "compiled", "--compile", name="difgsm")) == 0
     assert asked == [False, True]
