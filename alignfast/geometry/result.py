@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import base64
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from alignfast.files import write_json, write_text
 
 Floats = NDArray[np.float64]
+Pixels = NDArray[np.uint8]
+
+COLUMNS = ("model", "other", "point", "measure", "index", "value")
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,10 @@ class Surface:
 
 @dataclass(frozen=True)
 class Profile:
-    """Loss along the sign of each model's own input gradient: float64 [N, K] by model, at K distances t in [-eps, eps]."""
+    """Loss along the sign of each model's own input gradient at the clean image: float64 [N, K] by model.
+
+    t: float64 [K], the distances, in units of [0, 1] images; negative ones lead downhill.
+    """
 
     t: Floats
     loss: Mapping[str, Floats]
@@ -95,8 +111,8 @@ class Example:
 
     index: int
     label: int
-    clean: NDArray[np.uint8]
-    adversarial: Mapping[str, NDArray[np.uint8]]
+    clean: Pixels
+    adversarial: Mapping[str, Pixels]
 
 
 @dataclass(frozen=True)
@@ -118,3 +134,133 @@ class GeometryResult:
     examples: tuple[Example, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def estimate(self, model: str, measure: str, point: str = "clean", other: str | None = None) -> Estimate:
+        """ValueError where this was not measured."""
+        for found in self.estimates:
+            if (found.model, found.other, found.point, found.measure) == (model, other, point, measure):
+                return found
+        raise ValueError(f"model, measure, point, other: {(model, measure, point, other)!r} was not measured")
+
+    def difference(self, model: str, measure: str, point: str = "clean", other: str | None = None) -> Difference:
+        """ValueError where this was not measured."""
+        for found in self.differences:
+            if (found.model, found.other, found.point, found.measure) == (model, other, point, measure):
+                return found
+        raise ValueError(f"model, measure, point, other: {(model, measure, point, other)!r} was not compared")
+
+    def to_records(self) -> Iterator[dict[str, Any]]:
+        """One flat record for each value of each image, as `pandas.DataFrame` takes them."""
+        for row in self.rows:
+            for index, value in zip(self.indices.tolist(), row.values.tolist(), strict=True):
+                yield dict(zip(COLUMNS, (row.model, row.other, row.point, row.measure, index, value), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save` writes; NaN becomes None, so that it is valid JSON."""
+        return {
+            "estimates": [_plain(asdict(one)) for one in self.estimates],
+            "differences": [_plain(asdict(one)) for one in self.differences],
+            "indices": self.indices.tolist(),
+            "rows": [_plain(asdict(one)) for one in self.rows],
+            "surfaces": [_plain(asdict(one)) for one in self.surfaces],
+            "profile": None if self.profile is None else _plain(asdict(self.profile)),
+            "examples": [_plain(asdict(one)) for one in self.examples],
+            "config": _plain(self.config),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """The geometry that `to_dict` described; KeyError or TypeError for what it did not."""
+        return cls(
+            rows=tuple(Row(**{**row, "values": _floats(row["values"])}) for row in value["rows"]),
+            indices=np.array(value["indices"], dtype=np.int64),
+            estimates=tuple(Estimate(**_numbers(one)) for one in value["estimates"]),
+            differences=tuple(Difference(**_numbers(one)) for one in value["differences"]),
+            surfaces=tuple(
+                Surface(one["index"], one["along"], _floats(one["x"]), _floats(one["y"]), _each(one["loss"]))
+                for one in value["surfaces"]
+            ),
+            profile=None
+            if value["profile"] is None
+            else Profile(_floats(value["profile"]["t"]), _each(value["profile"]["loss"])),
+            examples=tuple(
+                Example(
+                    one["index"],
+                    one["label"],
+                    _pixels(one["clean"]),
+                    {name: _pixels(text) for name, text in one["adversarial"].items()},
+                )
+                for one in value["examples"]
+            ),
+            config=dict(value["config"]),
+            versions=dict(value["versions"]),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything as JSON; an existing file is replaced whole or not at all."""
+        write_json(path, self.to_dict())
+
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_records` as CSV, without a value where there is none; likewise."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for record in self.to_records():
+            writer.writerow({**record, "value": "" if math.isnan(record["value"]) else record["value"]})
+        write_text(path, text.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, is not JSON, or is not a geometry.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"geometry: cannot read {path} ({error.strerror}); give a geometry.json") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"geometry: {path} is not JSON ({error}); give a geometry.json") from error
+        try:
+            return cls.from_dict(document)
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+            raise ValueError(f"geometry: {path} is not a geometry ({error!r}); give a geometry.json") from error
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it: arrays as lists, pixels as PNG in base64, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return _png(value) if value.dtype == np.uint8 else _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("mean", "difference", "low", "high", "median")
+    return {key: math.nan if value is None and key in names else value for key, value in record.items()}
+
+
+def _floats(values: Any) -> Floats:
+    # None becomes NaN.
+    return np.array(values, dtype=np.float64)
+
+
+def _each(values: Mapping[str, Any]) -> dict[str, Floats]:
+    return {name: _floats(rows) for name, rows in values.items()}
+
+
+def _png(pixels: Pixels) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _pixels(text: str) -> Pixels:
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        pixels = np.array(image, dtype=np.uint8)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
