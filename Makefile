@@ -9,12 +9,12 @@ TIMM ?= 1.0.31
 TORCHATTACKS ?= 3.5.1
 # Processes that share the tests, a file to each at a time; one thread each, since two of them fighting for a core take longer.
 JOBS ?= 2
-EXTRAS ?= test dev imagenet-lite formats bench
+EXTRAS ?= test dev imagenet-lite formats bench site
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test sanitize demo bench machine-code format clean FORCE
+.PHONY: help build test sanitize demo bench machine-code site format clean FORCE
 
 PY := $(VENV)/bin/python
 # Through the interpreter, as its script is elsewhere where VENV inherits packages.
@@ -32,6 +32,7 @@ help:
 	@echo 'make demo     train small models, align, attack and report into demo/ (ARGS="..." adds arguments)'
 	@echo 'make bench    ops, models, attacks, alignment and files against their peers and the hardware, in under 20 minutes (ARGS="--quick" is short)'
 	@echo 'make machine-code  registers, spills, access widths and occupancy of every GPU kernel (ARGS="--json FILE")'
+	@echo 'make site     the documentation as a web site in site/ (to search it: python -m http.server --directory site)'
 	@echo 'make build    environment, dependencies and native module; the targets above do this by themselves'
 	@echo 'make format   format Python and C++'
 	@echo 'make clean    remove what was built (an environment other than .venv stays)'
@@ -64,13 +65,16 @@ bench: $(BUILT)
 machine-code: $(BUILT)
 	$(PY) -m alignfast.kernels.machine_code $(ARGS)
 
+site: $(BUILT)
+	$(PY) -m mkdocs build --strict $(ARGS)
+
 format: $(BUILT)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CLANG_FORMATTED)
 
 clean:
-	rm -rf .venv build dist *.egg-info alignfast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site *.egg-info alignfast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(BUILT)
 
 $(PY):

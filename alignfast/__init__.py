@@ -1,6 +1,6 @@
 """Model alignment, transferable attacks and their evaluation on unseen image classifiers."""
 
-from alignfast import attacks, surrogates
+from alignfast import attacks, geometry, surrogates
 from alignfast.alignment import AlignConfig, AlignResult, align
 from alignfast.evaluation import TransferMatrix, transfer_matrix
 from alignfast.memory import keep_memory
@@ -17,6 +17,7 @@ __all__ = [
     "TransferMatrix",
     "align",
     "attacks",
+    "geometry",
     "keep_memory",
     "load_checkpoint",
     "load_model",

@@ -13,11 +13,13 @@ from alignfast.commands.attack import attack_command
 from alignfast.commands.demo import demo_command
 from alignfast.commands.doctor import doctor_command
 from alignfast.commands.evaluate import evaluate_command
+from alignfast.commands.geometry import geometry_command
+from alignfast.commands.report import report_command
 from alignfast.commands.transfer import transfer_command
 from alignfast.memory import keep_memory
 
 # Options that take several values after one name, which the parser knows only as a repeated option.
-SPREAD = ("--targets",)
+SPREAD = ("--targets", "--models", "--others")
 INTERRUPTED = 130
 # typer keeps its parser's exceptions to itself; every usage error has this base.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -35,6 +37,8 @@ app.command("align")(align_command)
 app.command("attack")(attack_command)
 app.command("evaluate")(evaluate_command)
 app.command("transfer")(transfer_command)
+app.command("geometry")(geometry_command)
+app.command("report")(report_command)
 
 
 @app.command(

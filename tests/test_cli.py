@@ -26,7 +26,7 @@ from alignfast import cli
 from alignfast.attacks import PRESETS
 from alignfast.commands import attack as attacking
 from alignfast.config import MatrixConfig, number
-from alignfast.evaluation import matrix
+from alignfast.evaluation import matrix, outcomes
 from alignfast.models import fingerprint, preparation
 
 MODEL = "timm:test_resnet"
@@ -424,6 +424,66 @@ def test_transfer_refuses_the_folder_of_another_matrix(
     assert (tmp_path / "m" / "matrix.json").read_bytes() == before
 
 
+def test_transfer_over_budgets_and_defences(
+    photos: Path, checkpoints: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images are kept; what `evaluate` finds on them is what the matrix says."""
+    config = matrix_file(
+        photos,
+        checkpoints,
+        tmp_path / "m.yaml",
+        budgets=["4/255", "8/255"],
+        defences={
+            "jpeg": {"name": "jpeg", "quality": 40},
+            "random": [{"name": "resize_pad"}, {"name": "smoothing", "samples": 2}],
+        },
+        defend="all",
+    )
+    out, name = tmp_path / "m", "mi 8/255"
+    assert cli.run(["transfer", "--config", str(config), "--out", str(out)]) == 0
+    document = json.loads((out / "matrix.json").read_text())
+    cells = {(cell["source"], cell["attack"], cell["target"]): cell for cell in document["cells"]}
+    targets = ("b", "b + jpeg", "b + random")
+    assert set(cells) == {(s, f"mi {r}/255", t) for s in ("vanilla", "both") for r in (4, 8) for t in targets}
+    for source in ("vanilla", "both"):
+        for radius in (4, 8):
+            manifest = json.loads((out / f"adversarial/sources/{source}/mi {radius}%2F255/manifest.json").read_text())
+            assert manifest["eps"] == radius / 255
+            assert manifest["parameters"]["alpha"] == pytest.approx(radius / 255 / 4)
+    assert json.loads((out / "config.json").read_text())["budgets"] == ["4/255", "8/255"]
+    assert document["config"]["defences"]["b + jpeg"] == "Jpeg(quality=40)"
+    assert document["config"]["eps"][name] == 8 / 255
+    images = out / "adversarial/sources/both/mi 8%2F255"
+    given = ["--num-classes", str(CLASSES), "--data", str(photos), "--targets", f"b={MODEL}@{checkpoints[1]}"]
+    assert cli.run(["evaluate", "--images", str(images), *given, "--out", str(tmp_path / "eval")]) == 0
+    (again,) = json.loads((tmp_path / "eval" / "matrix.json").read_text())["cells"]
+    assert (again["source"], again["attack"]) == ("both", name)
+    ours = cells["both", name, "b"]
+    assert [again[key] for key in ("rate", "n", "clean_accuracy")] == [
+        ours[key] for key in ("rate", "n", "clean_accuracy")
+    ]
+    # A second call finds all there is, and says so in as many lines.
+    before = (out / "matrix.json").read_bytes()
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(af.attacks.Attack, "__call__", None)
+        patch.setattr(outcomes, "errors_of", None)
+        assert cli.run(["transfer", "--config", str(config), "--out", str(out)]) == 0
+    assert (out / "matrix.json").read_bytes() == before
+    # Four models when clean, and four attacks with four judges, in two batches each.
+    assert f"transfer: {2 * (5 + 4 * 5)}/50 batches" in capsys.readouterr().err
+
+
+def test_transfer_clears_what_killed_writers_left(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    config, out = matrix_file(photos, checkpoints, tmp_path / "m.yaml", limit=1), tmp_path / "m"
+    for _ in range(2):
+        assert cli.run(["transfer", "--config", str(config), "--out", str(out)]) == 0
+        left = [path for path in out.rglob("*") if path.name.startswith(".")]
+        assert not left
+        (out / "parts" / ".b.0123456789abcdef.npz").write_text("")
+        (out / ".matrix.0123456789abcdef.json").write_text("")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -436,6 +496,10 @@ def test_transfer_refuses_the_folder_of_another_matrix(
         ({"precision": 16}, "config: precision: got 16"),
         ({"baseline": "other"}, "baseline"),
         ({"targets": {"b": {"modl": MODEL}}}, "targets.b"),
+        ({"budgets": []}, "budgets is []"),
+        ({"budgets": [8]}, "eps: got 8"),
+        ({"defences": {"j": {"name": "jpeg", "quality": 101}}, "defend": "all"}, "defences.j.quality: got 101"),
+        ({"attacks": {"a": {"name": "bim"}, "A": {"name": "bim"}}}, "'A' and 'a' would be kept in one file"),
     ],
 )
 def test_matrix_files_with_faults(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from alignfast import progress as module
-from alignfast.progress import progress
+from alignfast.progress import board, progress
 
 
 def test_plain_lines_on_standard_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +57,77 @@ def test_an_error_passes_through(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyError, match="k"):
         fail()
     assert "2/2" not in capsys.readouterr().err
+
+
+def test_a_board_has_lines_of_the_whole_and_of_what_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with board("transfer", [("clean", 2), ("vanilla, mi", 3)], "batches") as (clean, attack):
+        for advance, note in (
+            (clean, ""),
+            (clean, ""),
+            (attack, "attacking 5 images/s"),
+            (attack, "done"),
+            (attack, ""),
+        ):
+            now[0] += 4
+            advance(1, note)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "transfer: 3/5 batches, 12 s vanilla, mi attacking 5 images/s",
+        "transfer: 5/5 batches, 20 s vanilla, mi",
+    ]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "140"), ("LINES", "10")):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_board_on_a_terminal_says_what_waits_runs_and_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("clean", 1), ("vanilla, mi[b] {0}", 4), ("aligned, mi", 2)]
+    with board("transfer", rows, "batches") as (clean, vanilla, _):
+        clean(1, "3 images/s")
+        vanilla(1, "measuring vgg[b] 7.5 images/s")
+    last = screen(capsys.readouterr().err)
+    # The last column is the time that is left.
+    assert [line.split()[:-1] for line in last] == [
+        ["transfer", "2/7"],
+        ["clean", "1/1", "done"],
+        ["vanilla,", "mi[b]", "{0}", "1/4", "measuring", "vgg[b]", "7.5", "images/s"],
+        ["aligned,", "mi", "0/2", "waiting"],
+    ]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_long_board_shows_the_rows_around_the_one_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with board("transfer", [(f"row{number}", 1) for number in range(40)], "batches") as advances:
+        for advance in advances[:20]:
+            advance(1, "")
+    shown = [line.split()[0] for line in screen(capsys.readouterr().err)]
+    # Ten lines, of which four are left to others.
+    assert shown == ["transfer", *(f"row{number}" for number in range(16, 22))]
+    with board("transfer", [(f"row{number}", 1) for number in range(40)], "batches") as advances:
+        for advance in advances:
+            advance(1, "")
+    shown = [line.split()[0] for line in screen(capsys.readouterr().err)]
+    assert shown == ["transfer", *(f"row{number}" for number in range(34, 40))]
+
+
+def screen(written: str) -> list[str]:
+    """The lines of the last frame, without colours and bars."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written).replace("\r", "\n")
+    lines = [re.sub(r"[━╸╺]+", " ", line) for line in plain.splitlines() if line.strip()]
+    start = max(place for place, line in enumerate(lines) if line.startswith("transfer"))
+    return lines[start:]
+
+
+def test_a_board_is_silent_unless_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with board("transfer", [("a", 1)], "batches", shown=False) as (advance,):
+        advance(1, "")
+    assert capsys.readouterr() == ("", "")

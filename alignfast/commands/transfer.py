@@ -14,6 +14,7 @@ from alignfast.config import MatrixConfig, build_model
 from alignfast.data import load_dataset, loader
 from alignfast.distributed import current, on_main
 from alignfast.evaluation import transfer_matrix
+from alignfast.evaluation.kept import clear_temporaries
 from alignfast.files import claim_folder
 from alignfast.models import fingerprint
 from alignfast.versions import package_versions
@@ -21,7 +22,7 @@ from alignfast.versions import package_versions
 
 @by_ranks
 def transfer_command(
-    config: Annotated[Path, typer.Option(help="A YAML file with data, sources, targets and attacks.")],
+    config: Annotated[Path, typer.Option(help="A YAML file with data, sources, targets and attacks; docs/matrix.md.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder, or that of the same matrix, to go on with it.")],
     workers: Workers = 0,
     device: Device = "cpu",
@@ -29,26 +30,27 @@ def transfer_command(
     """The whole matrix: matrix.json, pictures and report.html. What is done is kept, and taken up on a new call."""
     settings = MatrixConfig.read(config)
     place = check_device(device)
-    models = {
-        role: {name: build_model(spec).to(place) for name, spec in getattr(settings, role).items()}
-        for role in ("sources", "targets")
-    }
-    first = next(iter(models["sources"].values()))
+    sources = {name: build_model(spec).to(place) for name, spec in settings.sources.items()}
+    targets = {name: model.to(place) for name, model in settings.build_targets().items()}
+    first = next(iter(sources.values()))
     dataset = load_dataset(settings.data, image_size=side_of(first, "sources"), num_classes=first.num_classes)
     subset = spread_over(dataset, settings.limit)
     on_main(lambda: verify(dataset))
+    models = {"sources": sources, "targets": targets}
     prints = {role: {name: fingerprint(model) for name, model in group.items()} for role, group in models.items()}
     run_with = {"command": "transfer", **asdict(settings), "fingerprints": prints, "versions": package_versions()}
     folder = on_main(lambda: claim_folder(out, run_with, resume=True))
+    on_main(lambda: clear_temporaries(folder))
     matrix = transfer_matrix(
-        models["sources"],
-        models["targets"],
+        sources,
+        targets,
         {name: pooled(spec, dataset, place) for name, spec in settings.attacks.items()},
         loader(subset, settings.batch_size, workers=workers, ahead=True),
         qualified=settings.qualified,
         baseline=settings.baseline,
         precision=settings.precision,
         parts=folder / "parts",
+        images=folder / "adversarial",
         progress=True,
     )
     if current().rank == 0:

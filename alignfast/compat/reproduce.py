@@ -33,7 +33,7 @@ from alignfast.data import Batch, ImageDataset, Loader, augmented, load_dataset,
 from alignfast.data.images import pixels_of, to_pil, to_pixels, to_tensor
 from alignfast.data.views import stream_seed
 from alignfast.distributed import current, gather, main, on_main, process_group
-from alignfast.evaluation.matrix import errors_of
+from alignfast.evaluation.judging import errors_of
 from alignfast.evaluation.matrix_result import Cell, TransferMatrix, rate_text
 from alignfast.files import claim_folder, replacing, write_json, write_text
 from alignfast.models import Classifier, evaluating, load_model, save_checkpoint

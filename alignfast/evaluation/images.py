@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from alignfast.checks import check_labels
-from alignfast.evaluation.matrix import errors_of, labels_of
+from alignfast.evaluation.judging import errors_of, labels_of
 from alignfast.evaluation.matrix_result import Cell, TransferMatrix
-from alignfast.models import as_classifier, evaluating, fingerprint
+from alignfast.models import Defended, as_classifier, evaluating, fingerprint
 from alignfast.progress import progress as show_progress
 from alignfast.versions import package_versions
 
@@ -47,12 +47,14 @@ def evaluate_images(
             wrong = errors_of(model, [model], data, None, labels)[0]
             rates = {}
             if clean is not None:
-                rates["clean_accuracy"] = 1 - float(errors_of(model, [model], clean, None, labels)[0].mean())
+                (missed,) = errors_of(model, [model], clean, None, labels)
+                rates["clean_accuracy"] = float((~missed).mean())
             cells.append(Cell.counted(source, attack, name, errors=int(wrong.sum()), n=len(labels), **rates))
             advance(1, name)
     config = {
         "protocol": "all",
         "images": len(labels),
+        "defences": {name: model.text for name, model in models.items() if isinstance(model, Defended)},
         "targets": {name: fingerprint(model) for name, model in models.items()},
     }
     return TransferMatrix(tuple(cells), (), config, package_versions())

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import quote
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alignfast.attacks import Attack, create
 from alignfast.checks import check_choice, check_labels
-from alignfast.data import Batch, as_batches
+from alignfast.data import as_batches
 from alignfast.distributed import main, on_main
+from alignfast.evaluation.judging import Flags
+from alignfast.evaluation.kept import KeptForm, check_files, check_keepable, file_name, filenames_of
 from alignfast.evaluation.matrix_result import Cell, Comparison, TransferMatrix
-from alignfast.evaluation.shares import Shares, form_of, prepared_alike, shares_of
+from alignfast.evaluation.outcomes import CLEAN, InMemory, Job, OnDisk, Outcomes
+from alignfast.evaluation.shares import form_of, on_device, prepared_alike, shares_of
 from alignfast.evaluation.statistics import paired
-from alignfast.files import replacing
-from alignfast.models import Classifier, as_classifier, evaluating, fingerprint, fit_size
-from alignfast.models.preparation import Precision
-from alignfast.progress import Advance
-from alignfast.progress import progress as show_progress
+from alignfast.models import Classifier, Defended, as_classifier, evaluating, fingerprint, fit_size
+from alignfast.models.preparation import Precision, Preparation
+from alignfast.progress import board
 from alignfast.versions import package_versions
 
-Flags = NDArray[np.bool_]
 # Parameters of a preset with its name, or a function that puts an attack on a source.
 AttackSpec = Mapping[str, Any] | Callable[[nn.Module], Attack]
 
@@ -45,17 +40,20 @@ def transfer_matrix(
     baseline: str | None = None,
     precision: Precision | None = None,
     parts: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> TransferMatrix:
     """Error rates of every target on the adversarial images of every attack on every source.
 
     Two protocols. All images (the default): the share of all images that the target gets wrong. Qualified: the same
     among the images that source and target both get right when clean, and on which the attack fools each of them
-    white-box (Ma et al., ECCV 2024, section 4.1, as a conjunction); this needs the attack run on the targets too.
+    white-box (Ma et al., ECCV 2024, section 4.1, as a conjunction); this needs the attack run on the targets too. A
+    `Defended` target has no gradient: the attack is run on the model behind the defences, and it is that model which
+    the images must fool; the clean images, and those of the source, are shown to the target with its defences.
 
     Where a process group is initialised, all ranks call this with the same arguments. Each attacks and measures every
     `world`-th batch, and all get the result that one process would have got. Rank 0 shows the progress and keeps the
-    parts, which any number of ranks can take up again.
+    parts, which any number of ranks can take up again; images are written by all ranks, into a folder that all see.
 
     Args:
         sources, targets: models by name, images in [0, 1] to logits. A model of another input size is given the
@@ -69,7 +67,13 @@ def transfer_matrix(
             given. Whether an image fools a source or a target, and the attacks on targets, are always of the models as
             given. "fp32" differs from None by rounding, and "auto" measures what is fastest.
         parts: a folder in which the outcome of each attack is kept, to be taken from there by a later call with the
-            same attack, models, precision and labels under the same names; the images are taken to be the same.
+            same attack, models, precision and labels under the same names; the images are taken to be the same. With
+            "auto", the form that is found for a source is kept there too. With `images`, the outcome of each target is
+            kept by itself, and so are clean accuracies.
+        images: a folder in which the adversarial images of each attack are kept, as `AdversarialWriter` writes them:
+            on the 8-bit grid, within eps of the 8-bit original, at the size of the model that is attacked. Targets are
+            then measured on these, and images that are there already are not made again. None measures the images as
+            they are attacked, in floating point, and keeps none.
         progress: show progress on standard error.
 
     Returns:
@@ -78,8 +82,10 @@ def transfer_matrix(
         form of each source that was prepared.
 
     Raises:
-        ValueError: an unknown attack, parameter or precision, an empty mapping, labels outside the classes, data that
-            are empty or change their order; before any attack runs.
+        ValueError: an unknown attack, parameter or precision, an empty mapping, a defended source, labels outside the
+            classes, data that are empty or change their order; and with `images`, data that are not 8-bit, names that
+            would share a file, or a folder that holds other images; the last when its turn comes, all others before any
+            attack runs.
     """
     for name, mapping in (("sources", sources), ("targets", targets), ("attacks", attacks)):
         if not mapping:
@@ -88,6 +94,12 @@ def transfer_matrix(
         raise ValueError(f"baseline: got {baseline!r}; allowed is one of {', '.join(sources)}")
     if precision is not None:
         check_choice("precision", precision, get_args(Precision))
+    for name, model in sources.items():
+        if isinstance(model, Defended):
+            raise ValueError(f"sources: {name} has defences, which have no gradient; allowed is the model behind them")
+    if images is not None:
+        for what, mapping in (("sources", sources), ("targets", targets), ("attacks", attacks)):
+            check_files(what, mapping)
     baseline = baseline or ("vanilla" if "vanilla" in sources else next(iter(sources)))
     # One wrapper for each module, so that a model in several roles is one model.
     wrapped = {id(model): as_classifier(model) for model in (*sources.values(), *targets.values())}
@@ -98,125 +110,92 @@ def transfer_matrix(
     jobs = _jobs(models, attacks, qualified)
     data = list(data) if isinstance(data, Iterator) else data
     shares = shares_of(data)
-    measured = _Measured(shares.labels)
-    everyone = list(wrapped.values())
-    total = shares.batches * (len(everyone) + len(jobs))
     for role, group in models.items():
         for name, model in group.items():
-            check_labels(f"data's labels for {role} {name}", measured.labels, len(measured.labels), model.num_classes)
+            check_labels(f"data's labels for {role} {name}", shares.labels, len(shares.labels), model.num_classes)
+    if images is not None:
+        check_keepable(next(as_batches(data)).images, shares.indices)
+    everyone = {id(model): model for model in (*wrapped.values(), *(job.model for job in jobs))}
+    prints = {key: fingerprint(model) for key, model in everyone.items()}
     if precision is not None:
-        jobs = _prepared(jobs, attacks, data, precision)
-    with evaluating(*everyone), show_progress("transfer", total, "batches", shown=progress and main()) as tick:
-        for model in everyone:
-            own = errors_of(model, [model], shares.own, None, shares.own_labels, tick)
-            measured.right[id(model)] = ~shares.merge(own)[0]
-        for job in jobs:
-            judges = [job.model] if job.role == "target" else [job.model, *models["target"].values()]
-            measured.fooled[job.role, job.name, job.attack_name] = _outcome(job, judges, shares, parts, tick)
-    described = {job.attack_name: job.attack.parameters() for job in reversed(jobs)}
-    for name, spec in attacks.items():
-        # Tensors, as images to mix in, are told by the attack in few words.
-        if isinstance(spec, Mapping) and not any(isinstance(value, Tensor) for value in spec.values()):
-            described[name] = dict(spec)
+        kept = parts if parts is not None else images
+        jobs = _prepared(jobs, attacks, data, precision, None if kept is None else Path(kept), prints)
+    kept_in = None if parts is None else Path(parts)
+    outcomes: Outcomes = InMemory(shares, prints, kept_in)
+    if images is not None:
+        outcomes = OnDisk(shares, prints, kept_in, Path(images), filenames_of(data, shares.indices))
+    measured = _measured(outcomes, models, jobs, shown=progress and main())
     config = {
         "protocol": "qualified" if qualified else "all",
         "baseline": baseline,
         "precision": precision,
         "forms": {job.name: job.form for job in jobs if job.form is not None},
-        "images": len(measured.labels),
-        "attacks": {name: described[name] for name in attacks},
-        **{f"{role}s": {name: fingerprint(model) for name, model in group.items()} for role, group in models.items()},
+        "images": len(shares.labels),
+        "pixels": "float" if images is None else "8-bit",
+        "attacks": _described(attacks, jobs),
+        "eps": {name: _first(jobs, name).eps for name in attacks},
+        "norm": {name: _first(jobs, name).step.norm for name in attacks},
+        "defences": {name: model.text for name, model in models["target"].items() if isinstance(model, Defended)},
+        **{f"{role}s": {name: prints[id(model)] for name, model in group.items()} for role, group in models.items()},
     }
     return _assemble(models, config, measured, qualified)
 
 
 @dataclass(frozen=True)
-class _Job:
-    """An attack to run: on a source, or for the qualified protocol on a target.
-
-    model: as given. form: of the copy of it that is attacked; None where that is the model itself.
-    """
-
-    role: str
-    name: str
-    attack_name: str
-    model: Classifier
-    attack: Attack
-    form: str | None = None
-
-    @property
-    def file_name(self) -> str:
-        # Quoted, so that no two jobs share a file and no name reaches out of the folder.
-        return "+".join(quote(part, safe="") for part in (self.role, self.name, self.attack_name)) + ".npz"
-
-    def identity(self, judges: list[Classifier], labels: Tensor) -> str:
-        """What decides the outcome, as text."""
-        prints = [fingerprint(model) for model in (self.model, *judges)]
-        digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-        return json.dumps([self.attack.parameters(), prints, digest, self.form])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The outcome of one job on disk, which counts only for the identity that it was written with."""
-
-    path: Path
-    identity: str
-
-    def read(self) -> Flags | None:
-        if not self.path.is_file():
-            return None
-        with np.load(self.path, allow_pickle=False) as content:
-            return content["wrong"] if str(content["identity"]) == self.identity else None
-
-    def write(self, wrong: Flags) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            np.savez(temporary, wrong=wrong, identity=np.array(self.identity))
-
-
-@dataclass(frozen=True)
 class _Measured:
-    """labels: int64 [N]. right: who is right when clean, [N] by model. fooled: who is wrong after an attack, by role,
-    model and attack; [1, N] for the target itself, [1 + T, N] for the source and the targets."""
+    """right: who is right when clean, [N] by model. fooled: who is wrong after an attack, by role, model and attack;
+    [1, N] for the target itself, [1 + T, N] for the source and the targets."""
 
-    labels: Tensor
     right: dict[int, Flags] = field(default_factory=dict)
-    fooled: dict[tuple[str, str, str], Flags] = field(default_factory=dict)
+    fooled: dict[tuple[str, int, str], Flags] = field(default_factory=dict)
 
 
-def _outcome(
-    job: _Job, judges: list[Classifier], shares: Shares, parts: str | os.PathLike[str] | None, tick: Advance
-) -> Flags:
-    """[judges, N]: who is wrong after the attack, from an earlier call where it has been kept."""
-    part = None
-    if parts is not None and main():
-        part = _Part(Path(parts) / job.file_name, job.identity(judges, shares.labels))
-    wrong = on_main(lambda: None if part is None else part.read())
-    if wrong is not None:
-        tick(shares.batches, "")
-        return wrong
-    wrong = shares.merge(errors_of(job.model, judges, shares.own, job.attack, shares.own_labels, tick))
-    if part is not None:
-        part.write(wrong)
-    return wrong
+def _measured(
+    outcomes: Outcomes, models: Mapping[str, Mapping[str, Classifier]], jobs: list[Job], *, shown: bool
+) -> _Measured:
+    measured = _Measured()
+    # By the first name of each model.
+    named: dict[int, tuple[str, Classifier]] = {}
+    for role, group in models.items():
+        for name, model in group.items():
+            named.setdefault(id(model), (f"{role}s/{file_name(name)}", model))
+    rows = [(CLEAN, outcomes.shares.batches * len(named)), *((str(job), outcomes.units(job)) for job in jobs)]
+    everyone = {id(model): model for job in jobs for model in job.everyone}
+    with evaluating(*everyone.values()), board("transfer", rows, "batches", shown=shown) as (clean, *ticks):
+        for key, (name, model) in named.items():
+            measured.right[key] = ~outcomes.clean(name, model, clean)
+        for job, tick in zip(jobs, ticks, strict=True):
+            measured.fooled[job.role, id(job.model), job.attack_name] = outcomes.fooled(job, tick)
+    return measured
 
 
 def _jobs(
     models: Mapping[str, Mapping[str, Classifier]], attacks: Mapping[str, AttackSpec], qualified: bool
-) -> list[_Job]:
-    roles = ("source", "target") if qualified else ("source",)
+) -> list[Job]:
+    attacked = [("source", name, model, models["target"]) for name, model in models["source"].items()]
+    # A model and its defended forms are attacked once, under the first name.
+    behind: dict[int, tuple[str, str, Classifier, Mapping[str, Classifier]]] = {}
+    for name, target in models["target"].items() if qualified else ():
+        behind.setdefault(id(_undefended(target)), ("target", name, _undefended(target), {}))
     return [
-        _Job(role, name, attack_name, model, _attack(spec, model))
-        for role in roles
-        for name, model in models[role].items()
+        Job(role, name, attack_name, model, _attack(spec, model), judges)
+        for role, name, model, judges in (*attacked, *behind.values())
         for attack_name, spec in attacks.items()
     ]
 
 
+def _undefended(model: Classifier) -> Classifier:
+    return model.undefended if isinstance(model, Defended) else model
+
+
 def _prepared(
-    jobs: list[_Job], attacks: Mapping[str, AttackSpec], data: Iterable[Any], precision: Precision
-) -> list[_Job]:
+    jobs: list[Job],
+    attacks: Mapping[str, AttackSpec],
+    data: Iterable[Any],
+    precision: Precision,
+    kept: Path | None,
+    prints: Mapping[int, str],
+) -> list[Job]:
     """The same jobs, those on sources on copies prepared for the first batch."""
     batch = next(as_batches(data))
     copies: dict[int, Classifier] = {}
@@ -224,12 +203,26 @@ def _prepared(
     for job in jobs:
         if job.role == "source":
             if id(job.model) not in copies:
-                images = fit_size(_on_device(batch, job.model).images, job.model)
-                copies[id(job.model)] = prepared_alike(job.model, images, precision)
+                example = fit_size(on_device(batch, job.model).images, job.model)
+                path = None if kept is None else kept / f"forms/{file_name(job.name)}.json"
+                copies[id(job.model)] = _prepared_once(job.model, example, precision, path, prints)
             copy = copies[id(job.model)]
             job = replace(job, attack=_attack(attacks[job.attack_name], copy), form=form_of(copy))
         changed.append(job)
     return changed
+
+
+def _prepared_once(
+    model: Classifier, example: Tensor, precision: Precision, path: Path | None, prints: Mapping[int, str]
+) -> Classifier:
+    """A copy in the form that an earlier call found, where that was measured and kept."""
+    if path is None or precision != "auto":
+        return prepared_alike(model, example, precision)
+    kept = KeptForm(path, prints[id(model)])
+    found: Preparation | None = on_main(kept.read)
+    prepared = prepared_alike(model, example, found or precision)
+    on_main(lambda: None if prepared.preparation is None else kept.write(prepared.preparation))
+    return prepared
 
 
 def _attack(spec: AttackSpec, model: Classifier) -> Attack:
@@ -240,51 +233,18 @@ def _attack(spec: AttackSpec, model: Classifier) -> Attack:
     return create(str(spec["name"]), model, **{key: value for key, value in spec.items() if key != "name"})
 
 
-def labels_of(data: Iterable[Any]) -> Tensor:
-    """int64 [N] on the CPU, in the order of the batches; ValueError where there is no image."""
-    labels = [batch.labels for batch in as_batches(data)]
-    if sum(map(len, labels)) == 0:
-        raise ValueError("data: holds no image; allowed is a loader with at least one")
-    return torch.cat(labels).cpu()
+def _first(jobs: list[Job], attack_name: str) -> Attack:
+    return next(job.attack for job in jobs if job.attack_name == attack_name)
 
 
-def errors_of(
-    source: Classifier,
-    judges: list[Classifier],
-    data: Iterable[Any],
-    attack: Attack | None,
-    labels: Tensor,
-    tick: Advance | None = None,
-) -> Flags:
-    """[judges, N]: which of the images each judge gets wrong after `attack` on `source`, or clean where it is None."""
-    wrong: list[Tensor] = []
-    seen: list[Tensor] = []
-    for batch in as_batches(data):
-        images, truth, indices = _on_device(batch, source)
-        images = fit_size(images, source)
-        if attack is not None:
-            images = attack(images, truth, indices=indices)
-        wrong.append(torch.stack([_predict(judge, images).to(truth.device) != truth for judge in judges]))
-        seen.append(truth)
-        if tick is not None:
-            tick(1, "")
-    if not torch.equal(torch.cat(seen).cpu() if seen else labels[:0], labels):
-        raise ValueError("data: the order changes from pass to pass; allowed is a loader that does not shuffle")
-    return torch.cat(wrong, 1).cpu().numpy() if wrong else np.zeros((len(judges), 0), dtype=np.bool_)
-
-
-@torch.no_grad()
-def _predict(model: Classifier, images: Tensor) -> Tensor:
-    return model.logits(fit_size(images.to(_device(model)), model)).argmax(1)
-
-
-def _on_device(batch: Batch, model: Classifier) -> Batch:
-    device = _device(model)
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+def _described(attacks: Mapping[str, AttackSpec], jobs: list[Job]) -> dict[str, Any]:
+    # Tensors, as images to mix in, are told by the attack in few words.
+    return {
+        name: dict(spec)
+        if isinstance(spec, Mapping) and not any(isinstance(value, Tensor) for value in spec.values())
+        else _first(jobs, name).parameters()
+        for name, spec in attacks.items()
+    }
 
 
 def _assemble(
@@ -299,7 +259,7 @@ def _assemble(
         for row, target in enumerate(targets, 1):
             judged = {source: _counted(models, measured, source, attack, target, qualified, row) for source in sources}
             for source, (fooled, counts) in judged.items():
-                white_box = measured.fooled["source", source, attack][0]
+                white_box = measured.fooled["source", id(sources[source]), attack][0]
                 clean = measured.right[id(targets[target])]
                 n, errors = int(counts.sum()), int((fooled & counts).sum())
                 rates = {"clean_accuracy": float(clean.mean()), "white_box": float(white_box.mean())}
@@ -321,9 +281,10 @@ def _counted(
     row: int,
 ) -> tuple[Flags, Flags]:
     """Which images fool the target, and which ones count."""
-    wrong = measured.fooled["source", source, attack]
+    wrong = measured.fooled["source", id(models["source"][source]), attack]
     if not qualified:
         return wrong[row], np.ones_like(wrong[row])
     right = [measured.right[id(models[role][name])] for role, name in (("source", source), ("target", target))]
-    white_box = [wrong[0], measured.fooled["target", target, attack][0]]
+    behind = _undefended(models["target"][target])
+    white_box = [wrong[0], measured.fooled["target", id(behind), attack][0]]
     return wrong[row], np.logical_and.reduce([*right, *white_box])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -14,13 +15,20 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alignfast.checks import check_choice, check_count
 from alignfast.evaluation.statistics import Paired, wilson
-from alignfast.files import write_json
+from alignfast.files import write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
 RecordT = TypeVar("RecordT", "Cell", "Comparison")
+
+# The columns of a matrix as a table of cells.
+RECORD = (
+    *("source", "attack", "target", "rate", "low", "high", "n", "clean_accuracy", "white_box"),
+    *("eps", "norm", "defence"),
+    *("baseline", "difference", "difference_low", "difference_high", "p_value"),
+)
 
 # Bounds that pass through decimal text may come back a rounding error outside the rate they enclose.
 _SLACK = 1e-9
@@ -278,6 +286,23 @@ class TransferMatrix:
         """Write the matrix as JSON; an existing file is replaced whole or not at all."""
         write_json(path, self.to_dict())
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """A flat dict for each cell, as `pandas.DataFrame` takes them.
+
+        Its names are in `RECORD`: those of `Cell`; `eps`, `norm` and `defence` where the configuration has them; and
+        `baseline`, `difference` with `difference_low` to `difference_high`, and `p_value` of the cell's comparison, the
+        first where there are several. What is not known is NaN for a number and None for text.
+        """
+        return [dict(zip(RECORD, self._record(cell), strict=True)) for cell in self.cells]
+
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_records` as CSV with a header, whole or not at all; what is not known is left empty."""
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(RECORD)
+        writer.writerows(map(_cell_text, record.values()) for record in self.to_records())
+        write_text(path, text.getvalue())
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote.
@@ -345,6 +370,19 @@ class TransferMatrix:
     @cached_property
     def _index(self) -> dict[tuple[str, str, str], Cell]:
         return {(cell.source, cell.attack, cell.target): cell for cell in self.cells}
+
+    def _record(self, cell: Cell) -> list[Any]:
+        against: list[Any] = [None, math.nan, math.nan, math.nan, math.nan]
+        for c in self.comparisons_of(cell.source, cell.attack, cell.target)[:1]:
+            against = [c.baseline, c.difference, c.low, c.high, c.p_value]
+        eps = self._known("eps", cell.attack)
+        known = [math.nan if eps is None else eps, self._known("norm", cell.attack)]
+        return [*asdict(cell).values(), *known, self._known("defences", cell.target), *against]
+
+    def _known(self, key: str, name: str) -> Any:
+        """What the configuration says of an attack or a target; None if nothing."""
+        values = self.config.get(key)
+        return values.get(name) if isinstance(values, Mapping) else None
 
     def _row(self, source: str, attack: str) -> list[Text]:
         # Text objects, because rich would read "[57.1, 65.2]" and brackets in names as its markup.
@@ -449,6 +487,10 @@ def _check_unique(name: str, keys: Iterable[tuple[str, ...]]) -> None:
         if key in seen:
             raise ValueError(f"{name}: {', '.join(key)} is given twice; allowed is once")
         seen.add(key)
+
+
+def _cell_text(value: object) -> object:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def _jsonable(name: str, value: object) -> Any:

@@ -1,14 +1,9 @@
-"""Pictures of a transfer matrix: a heat map of all cells, and bars against the baseline.
-
-Figures are built through matplotlib's objects, never through pyplot, so that drawing changes no global state and needs
-no display.
-"""
+"""Pictures of a transfer matrix: a heat map of all cells, and bars against the baseline; figures as files."""
 
 from __future__ import annotations
 
 import math
 import os
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,28 +11,30 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.text import Text
 
 from alignfast.checks import check_choice
+from alignfast.evaluation.drawing import (
+    LETTER,
+    LINE,
+    PAGE_WIDTH,
+    Styles,
+    add_legend,
+    legend_height,
+    literal,
+    longest,
+    new_figure,
+    styles_of,
+    wrapped,
+)
 from alignfast.evaluation.matrix_result import Cell, TransferMatrix
 from alignfast.files import replacing
 
 FORMATS = (".png", ".svg", ".pdf")
 
-# Grey for the baseline, then Okabe and Ito's colours, which stay apart for the colour-blind; hatches tell them apart in
-# black and white, and go on where the colours repeat.
-_BASELINE_COLOUR = "#8c8c8c"
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-_HATCHES = ("", "//", "\\\\", "xx", "..", "++", "oo", "--")
-_LABEL_WIDTH = 22
 _SLANT = 40
-# Inches that a letter and a line of 9 point text take, rounded up.
-_LETTER, _LINE = 0.078, 0.165
-_PAGE_WIDTH = 11.0
 # Agg draws at most 2**16 pixels a side.
 _MOST_PIXELS = 60_000
 
@@ -58,11 +55,11 @@ def heat_map(matrix: TransferMatrix, attacks: Sequence[str] | None = None) -> Fi
     attacks = _chosen(matrix, attacks)
     measured = {(cell.attack, cell.source) for cell in matrix.cells}
     rows = [(attack, source) for attack in attacks for source in matrix.sources if (attack, source) in measured]
-    labels = [_wrapped(f"{attack} · {source}", 34) for attack, source in rows]
+    labels = [wrapped(f"{attack} · {source}", 34) for attack, source in rows]
     cells = [[matrix.find(source, attack, target) for target in matrix.targets] for attack, source in rows]
-    row_height = max(0.46, 0.06 + _LINE * max(len(label.splitlines()) for label in labels))
-    width = 1.2 + _LETTER * _longest(labels) + 0.95 * len(matrix.targets)
-    figure = _figure(max(4.5, width), 0.9 + row_height * len(rows) + _label_height(matrix.targets))
+    row_height = max(0.46, 0.06 + LINE * max(len(label.splitlines()) for label in labels))
+    width = 1.2 + LETTER * longest(labels) + 0.95 * len(matrix.targets)
+    figure = new_figure(max(4.5, width), 0.9 + row_height * len(rows) + _label_height(matrix.targets))
     axes = figure.add_subplot()
     colours = colormaps["cividis"].with_extremes(bad="white")
     image = axes.imshow(_percentages(cells), cmap=colours, vmin=0.0, vmax=100.0, aspect="auto")
@@ -77,27 +74,26 @@ def heat_map(matrix: TransferMatrix, attacks: Sequence[str] | None = None) -> Fi
     return figure
 
 
-def bars(matrix: TransferMatrix, attacks: Sequence[str] | None = None) -> Figure:
+def bars(matrix: TransferMatrix, attacks: Sequence[str] | None = None, styles: Styles | None = None) -> Figure:
     """Error rate by target, a panel each attack and a bar each source, with 95 % intervals; baselines come first.
 
     Args:
         matrix: the measurements.
         attacks: the attacks to show; all if None.
+        styles: of at least the sources, which are drawn in this order; those of `styles_of` if None.
 
     Raises:
         ValueError: a matrix without cells, or an unknown attack.
     """
     attacks = _chosen(matrix, attacks)
-    baselines = [source for source in matrix.sources if source in matrix.baselines]
-    sources = [*baselines, *(source for source in matrix.sources if source not in baselines)]
-    styles = _styles(sources, baselines)
+    styles = styles or styles_of(matrix.sources, matrix.baselines)
+    sources = [name for name in styles if name in matrix.sources]
     width = _panel_width(matrix)
     columns = min(len(attacks), panel_columns(matrix))
     lines = math.ceil(len(attacks) / columns)
-    titles = [_wrapped(attack, 40) for attack in attacks]
-    height = 1.9 + _label_height(matrix.targets) + _LINE * max(len(title.splitlines()) for title in titles)
-    legend_height = 0.45 + _LINE * sum(len(_wrapped(source).splitlines()) for source in sources)
-    figure = _figure(width * columns, legend_height + height * lines)
+    titles = [wrapped(attack, 40) for attack in attacks]
+    height = 1.9 + _label_height(matrix.targets) + LINE * max(len(title.splitlines()) for title in titles)
+    figure = new_figure(width * columns, legend_height(sources) + height * lines)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for panel, attack in zip(panels, attacks, strict=False):
         _panel(panel, matrix, attack, sources, styles)
@@ -105,13 +101,13 @@ def bars(matrix: TransferMatrix, attacks: Sequence[str] | None = None) -> Figure
         unused.remove()
     for panel in panels[::columns]:
         panel.set_ylabel("error rate (%)", fontsize=9)
-    _legend(figure, sources, styles, columns * width)
+    add_legend(figure, {source: Patch(**styles[source].bar) for source in sources}, "source, with 95 % interval")
     return figure
 
 
 def panel_columns(matrix: TransferMatrix) -> int:
     """How many panels `bars` puts side by side where there are enough attacks."""
-    return max(1, int(_PAGE_WIDTH // _panel_width(matrix)))
+    return max(1, int(PAGE_WIDTH // _panel_width(matrix)))
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -147,30 +143,20 @@ def _chosen(matrix: TransferMatrix, attacks: Sequence[str] | None) -> Sequence[s
     return chosen
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _panel_width(matrix: TransferMatrix) -> float:
     return max(3.4, 1.3 + len(matrix.targets) * max(0.55, 0.26 * len(matrix.sources) + 0.2))
 
 
-def _longest(labels: Sequence[str]) -> int:
-    return max(len(line) for label in labels for line in label.splitlines())
-
-
 def _slanted(labels: Sequence[str]) -> bool:
-    return _longest(labels) > 11
+    return longest(labels) > 11
 
 
 def _label_height(targets: Sequence[str]) -> float:
     """Inches under the axes that the names of the targets take."""
-    labels = [_wrapped(target) for target in targets]
-    lines = _LINE * max(len(label.splitlines()) for label in labels)
+    labels = [wrapped(target) for target in targets]
+    lines = LINE * max(len(label.splitlines()) for label in labels)
     slant = math.radians(_SLANT)
-    return lines * math.cos(slant) + _LETTER * _longest(labels) * math.sin(slant) if _slanted(labels) else lines
+    return lines * math.cos(slant) + LETTER * longest(labels) * math.sin(slant) if _slanted(labels) else lines
 
 
 def _percentages(cells: Sequence[Sequence[Cell | None]]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -196,7 +182,7 @@ def _ink(colour: Sequence[float]) -> str:
 
 
 def _label_targets(axes: Axes, targets: Sequence[str]) -> None:
-    labels = [_wrapped(target) for target in targets]
+    labels = [wrapped(target) for target in targets]
     slanted = _slanted(labels)
     axes.set_xticks(range(len(targets)))
     ticks = axes.set_xticklabels(
@@ -206,13 +192,13 @@ def _label_targets(axes: Axes, targets: Sequence[str]) -> None:
         ha="right" if slanted else "center",
         rotation_mode="anchor",
     )
-    _literal(ticks)
+    literal(ticks)
     axes.tick_params(length=0)
 
 
 def _label_rows(axes: Axes, rows: Sequence[tuple[str, str]], labels: Sequence[str]) -> None:
     axes.set_yticks(range(len(rows)))
-    _literal(axes.set_yticklabels(labels, fontsize=9))
+    literal(axes.set_yticklabels(labels, fontsize=9))
     axes.set_ylabel("attack · source", fontsize=9)
     for index in range(1, len(rows)):
         if rows[index][0] != rows[index - 1][0]:
@@ -229,28 +215,14 @@ def _colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
     bar.outline.set_visible(False)
 
 
-def _styles(sources: Sequence[str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
-    styles: dict[str, dict[str, Any]] = {}
-    others = 0
-    for index, source in enumerate(sources):
-        plain = source in baselines and len(baselines) == 1
-        colour = _BASELINE_COLOUR if plain else _COLOURS[others % len(_COLOURS)]
-        others += not plain
-        hatch = _HATCHES[index % len(_HATCHES)]
-        styles[source] = {"facecolor": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
-    return styles
-
-
-def _panel(
-    axes: Axes, matrix: TransferMatrix, attack: str, sources: Sequence[str], styles: dict[str, dict[str, Any]]
-) -> None:
+def _panel(axes: Axes, matrix: TransferMatrix, attack: str, sources: Sequence[str], styles: Styles) -> None:
     width = 0.8 / len(sources)
     for index, source in enumerate(sources):
         shift = (index - (len(sources) - 1) / 2) * width
         for column, target in enumerate(matrix.targets):
             cell = matrix.find(source, attack, target)
             if cell is not None:
-                _bar(axes, column + shift, width, cell, styles[source])
+                _bar(axes, column + shift, width, cell, styles[source].bar)
     _label_targets(axes, matrix.targets)
     # A single group would otherwise fill the panel with one block.
     margin = 1.0 if len(matrix.targets) == 1 else 0.6
@@ -261,7 +233,7 @@ def _panel(
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title(_wrapped(attack, 40), fontsize=10).set_parse_math(False)
+    axes.set_title(wrapped(attack, 40), fontsize=10).set_parse_math(False)
 
 
 def _bar(axes: Axes, position: float, width: float, cell: Cell, style: dict[str, Any]) -> None:
@@ -272,37 +244,3 @@ def _bar(axes: Axes, position: float, width: float, cell: Cell, style: dict[str,
     reach = [[max(0.0, rate - 100.0 * cell.low)], [max(0.0, 100.0 * cell.high - rate)]]
     axes.bar(position, rate, width, **style)
     axes.errorbar(position, rate, yerr=reach, fmt="none", ecolor="black", elinewidth=0.9, capsize=1.8)
-
-
-def _legend(figure: Figure, sources: Sequence[str], styles: dict[str, dict[str, Any]], width: float) -> None:
-    labels = [_wrapped(source) for source in sources]
-    longest = max(len(line) for label in labels for line in label.splitlines())
-    columns = max(1, min(len(sources), int(width / (0.09 * longest + 0.7))))
-    handles = [Patch(**styles[source]) for source in sources]
-    # matplotlib leaves out labels that begin with an underscore, so the names are set afterwards.
-    legend = figure.legend(
-        handles,
-        ["source"] * len(sources),
-        loc="outside upper center",
-        ncols=columns,
-        fontsize=9,
-        frameon=False,
-        title="source, with 95 % interval",
-        title_fontsize=9,
-    )
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_text(label)
-        text.set_parse_math(False)
-
-
-def _literal(texts: Sequence[Text]) -> None:
-    """Show names as they are: a dollar sign would otherwise begin a formula."""
-    for text in texts:
-        text.set_parse_math(False)
-
-
-def _wrapped(name: str, width: int = _LABEL_WIDTH, lines: int = 4) -> str:
-    """`name` on at most `lines` lines; what is left of a longer one is its beginning and its end."""
-    if len(name) > width * lines:
-        name = f"{name[: width * lines // 2]}…{name[-(width * lines // 2 - 1) :]}"
-    return "\n".join(textwrap.wrap(name, width, break_on_hyphens=True)) or name

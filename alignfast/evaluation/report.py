@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a transfer matrix."""
+"""One self-contained HTML page about a transfer matrix, the geometry of losses, or both."""
 
 from __future__ import annotations
 
@@ -12,28 +12,56 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from alignfast.evaluation.matrix_result import (
-    Cell,
-    Comparison,
-    TransferMatrix,
-    difference_text,
-    p_text,
-    percent_text,
-    span_text,
+from alignfast.evaluation.drawing import Styles, styles_of
+from alignfast.evaluation.findings import (
+    FEWEST,
+    LEVEL,
+    count_text,
+    geometry_sentences,
+    summary_sentences,
 )
+from alignfast.evaluation.matrix_result import TransferMatrix
 from alignfast.evaluation.plots import bars, heat_map, panel_columns, write_figure
-from alignfast.evaluation.statistics import holm
+from alignfast.evaluation.tables import Entry, Table, cells_table, comparisons_table, geometry_tables, number
 from alignfast.files import write_text
+from alignfast.geometry.measures import MEASURES, PAIR_MEASURES
+from alignfast.geometry.pictures import baselines_of, draw, models_of, others_of
+from alignfast.geometry.result import GeometryResult
 
-LEVEL = 0.05
+TITLE = "Transfer of adversarial examples"
 
-Verdict = Literal["raises", "lowers", "no clear change"]
+# How each measure is read.
+READING: dict[str, str] = {
+    "loss": "Larger: the model is less sure of the true label. It is 0 where the label has all the probability and has "
+    "no upper bound.",
+    "gradient_l1": "The rise of the loss for one unit of L-inf change, to first order. Larger: small changes of pixels "
+    "move the loss faster.",
+    "gradient_l2": "The rise of the loss for one unit of L2 change, to first order. Larger: a steeper loss.",
+    "curvature": "Larger: the loss bends upward more sharply along its most curved direction, so a gradient holds over "
+    "a shorter distance. Near 0: straight there. Negative: no direction bends upward.",
+    "curvature_residual": "How well the curvature was computed, and no property of the loss. Small is good; images "
+    "with a large value have a curvature that is not to be trusted.",
+    "lipschitz": "Larger: the gradient turns or grows faster with distance. It is measured at finitely many points, so "
+    "it bounds the true constant from below.",
+    "rise_worst": "Larger: some point within the radius has a much higher loss. The ascent need not find the highest, "
+    "so it is a lower bound. Smaller means a flatter surrounding.",
+    "rise_mean": "Larger: the loss rises on average around the point, also without an attack. Near 0: flat, or as much "
+    "down as up.",
+    "nonlinearity": "0: the loss is a straight line along the gradient’s sign. 1: it misses the straight line by as "
+    "much as the line predicts. Larger: one step says less about the next.",
+    "gradient_cosine": "1: both gradients point the same way. 0: they are orthogonal, as random directions in many "
+    "dimensions nearly are. Larger: steps on one model raise the loss of the other as well.",
+    "kl": "0: equal predictions. Larger: the model’s prediction is farther from the other’s.",
+    "agreement": "A mean of 0.8 says that both predict the same class for 80 % of the images.",
+    "fooled": "The mean is the error rate of the other model. At the clean image it is its ordinary error; after the "
+    "attack, larger means more transfer.",
+}
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 # Pictures of small data sets would be specks at their own size.
@@ -101,100 +129,119 @@ class Section:
                 raise ValueError(f"rows[{index}]: got {len(row)} values; allowed are {len(self.header)}, as in header")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What the comparisons of one source with one baseline say together.
-
-    Attributes:
-        difference: mean of the differences, as a fraction.
-        low, high: means of the ends of their 95 % intervals. The images are shared, so the differences depend on one
-            another in an unknown way; the standard error of their mean is at most the mean of their standard errors,
-            so this interval covers at least as often as its parts do.
-        verdict: from that interval; with a single comparison, from its test as well.
-        raised, lowered: comparisons with a difference, by Holm's correction over all comparisons of the matrix.
-        comparisons: how many there are.
-        attacks, targets: over how many of each.
-        family: comparisons that the correction covers.
-    """
-
-    baseline: str
-    source: str
-    difference: float
-    low: float
-    high: float
-    verdict: Verdict
-    raised: int
-    lowered: int
-    comparisons: int
-    attacks: int
-    targets: int
-    family: int
-
-
-def summarise(matrix: TransferMatrix) -> tuple[Summary, ...]:
-    """A summary for each pair of baseline and source, in order of first appearance; empty comparisons are left out."""
-    adjusted = _adjusted(matrix)
-    pairs = dict.fromkeys((comparison.baseline, comparison.source) for comparison in adjusted)
-    return tuple(_summary(baseline, source, adjusted) for baseline, source in pairs)
-
-
-def summary_sentences(matrix: TransferMatrix) -> tuple[str, ...]:
-    """The findings in words; they claim a change only where `summarise` finds one."""
-    summaries = summarise(matrix)
-    if not summaries:
-        return (_range_sentence(matrix), "No two sources were compared on the same images.")
-    return tuple(sentence for summary in summaries for sentence in _sentences(summary))
-
-
 def write_report(
-    matrix: TransferMatrix,
+    matrix: TransferMatrix | None,
     path: str | os.PathLike[str],
     *,
-    title: str = "Transfer of adversarial examples",
+    geometry: GeometryResult | None = None,
+    title: str = TITLE,
     extra: Sequence[Section] = (),
+    beside: Sequence[str] = (),
 ) -> None:
     """Write one HTML page with the findings, figures, all numbers, settings and versions.
 
     The page refers to nothing outside itself. An existing file is replaced whole or not at all.
 
     Args:
-        matrix: the measurements; at least one cell.
+        matrix: measured transfer; at least one cell. None leaves it out.
         path: the file to write.
+        geometry: the measured geometry of losses; at least one estimate. None leaves it out.
         title: heading of the page.
         extra: sections to put between the measurements and the settings.
+        beside: names of files with the same numbers, for the page to tell.
 
     Raises:
-        ValueError: a matrix without cells.
+        ValueError: neither of the two, a matrix without cells, or a geometry without estimates.
     """
-    write_text(path, render_report(matrix, title=title, extra=extra))
+    write_text(path, render_report(matrix, geometry, title=title, extra=extra, beside=beside))
 
 
-def render_report(matrix: TransferMatrix, *, title: str, extra: Sequence[Section] = ()) -> str:
+def render_report(
+    matrix: TransferMatrix | None,
+    geometry: GeometryResult | None = None,
+    *,
+    title: str = TITLE,
+    extra: Sequence[Section] = (),
+    beside: Sequence[str] = (),
+) -> str:
     """The page that `write_report` writes.
 
     Raises:
-        ValueError: a matrix without cells.
+        ValueError: neither of the two, a matrix without cells, or a geometry without estimates.
     """
-    if not matrix.cells:
-        raise ValueError("matrix: got no cells; allowed is a matrix with at least one")
+    check_content(matrix, geometry)
     source = files("alignfast.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable
+    environment.filters["tight"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
+    styles = report_styles(matrix, geometry)
     page = environment.from_string(source).render(
         title=title,
-        sentences=[sentence.replace(" %", "\N{NO-BREAK SPACE}%") for sentence in summary_sentences(matrix)],
-        heat_maps=[_svg_uri(heat_map(matrix, part)) for part in _parts(matrix, _MAP_ROWS // len(matrix.sources))],
-        bar_charts=[_svg_uri(bars(matrix, part)) for part in _parts(matrix, _BAR_LINES * panel_columns(matrix))],
-        shape=_shape_text(matrix),
-        cells=[_cell_row(cell) for cell in _by_attack(matrix)],
-        comparisons=list(_comparison_rows(matrix)),
-        protocol=_protocol(matrix.config),
+        transfer=None if matrix is None else _transfer_part(matrix, styles),
+        geometry=None if geometry is None else _geometry_part(geometry, styles),
         level=f"{100 * LEVEL:g} %",
-        settings=list(_facts(matrix.config)),
-        versions=list(_facts(matrix.versions)),
+        fewest=FEWEST,
+        beside=beside,
+        settings=_by_part("Settings", matrix, geometry, "config"),
+        versions=_by_part("Versions", matrix, geometry, "versions"),
         sections=[_section(section) for section in extra],
     )
     return page if page.endswith("\n") else page + "\n"
+
+
+def check_content(matrix: TransferMatrix | None, geometry: GeometryResult | None) -> None:
+    """There is something to report; else ValueError."""
+    if matrix is None and geometry is None:
+        raise ValueError("matrix, geometry: got neither; allowed is one of them or both")
+    if matrix is not None and not matrix.cells:
+        raise ValueError("matrix: got no cells; allowed is a matrix with at least one")
+    if geometry is not None and not geometry.estimates:
+        raise ValueError("geometry: got no estimates; allowed is a result with at least one")
+
+
+def report_styles(matrix: TransferMatrix | None, geometry: GeometryResult | None) -> Styles:
+    """One look for each source and each model of the geometry, in all pictures of a report."""
+    names = [*(matrix.sources if matrix else ()), *(models_of(geometry) if geometry else ())]
+    return styles_of(names, [*(matrix.baselines if matrix else ()), *(baselines_of(geometry) if geometry else ())])
+
+
+def _transfer_part(matrix: TransferMatrix, styles: Styles) -> dict[str, Any]:
+    return {
+        "sentences": summary_sentences(matrix),
+        "shape": _shape_text(matrix),
+        "heat_maps": [_svg_uri(heat_map(matrix, part)) for part in _parts(matrix, _MAP_ROWS // len(matrix.sources))],
+        "bar_charts": [
+            _svg_uri(bars(matrix, part, styles)) for part in _parts(matrix, _BAR_LINES * panel_columns(matrix))
+        ],
+        "cells": cells_table(matrix),
+        "comparisons": comparisons_table(matrix) if matrix.comparisons else None,
+        "protocol": _protocol(matrix.config),
+    }
+
+
+def _geometry_part(geometry: GeometryResult, styles: Styles) -> dict[str, Any]:
+    measured = {entry.measure for entry in geometry.estimates}
+    return {
+        "sentences": geometry_sentences(geometry),
+        "shape": _geometry_shape(geometry),
+        "drawings": [(_svg_uri(drawing.figure), drawing.caption) for drawing in draw(geometry, styles)],
+        "tables": list(geometry_tables(geometry)),
+        "measures": [
+            (name, text, READING[name]) for name, text in {**MEASURES, **PAIR_MEASURES}.items() if name in measured
+        ],
+    }
+
+
+def _by_part(
+    heading: str, matrix: TransferMatrix | None, geometry: GeometryResult | None, name: str
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Headings and facts of one attribute of both, which share a table where they are equal."""
+    parts = {"transfer": matrix, "geometry": geometry}
+    facts = {part: list(_facts(getattr(value, name))) for part, value in parts.items() if value is not None}
+    facts = {part: rows for part, rows in facts.items() if rows}
+    if len({tuple(rows) for rows in facts.values()}) == 1:
+        return [(heading, next(iter(facts.values())))]
+    return [(f"{heading} of the {part}", rows) for part, rows in facts.items()]
 
 
 def _parts(matrix: TransferMatrix, size: int) -> list[tuple[str, ...]]:
@@ -211,135 +258,22 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(piece for piece in pieces if piece)
 
 
-def _adjusted(matrix: TransferMatrix) -> dict[Comparison, float]:
-    """Comparisons of at least one image, with their p-values after Holm's correction over all of them."""
-    measured = [comparison for comparison in matrix.comparisons if comparison.n > 0]
-    return dict(zip(measured, holm([comparison.p_value for comparison in measured]), strict=True))
-
-
-def _verdict(comparison: Comparison, p_value: float) -> Verdict:
-    if p_value >= LEVEL:
-        return "no clear change"
-    return "raises" if comparison.difference > 0 else "lowers"
-
-
-def _summary(baseline: str, source: str, adjusted: Mapping[Comparison, float]) -> Summary:
-    group = [comparison for comparison in adjusted if (comparison.baseline, comparison.source) == (baseline, source)]
-    verdicts = [_verdict(comparison, adjusted[comparison]) for comparison in group]
-    low, high = _mean(c.low for c in group), _mean(c.high for c in group)
-    overall: Verdict = "raises" if low > 0 else "lowers" if high < 0 else "no clear change"
-    return Summary(
-        baseline,
-        source,
-        difference=_mean(c.difference for c in group),
-        low=low,
-        high=high,
-        # The interval and the exact test of a single comparison can disagree; then nothing is claimed.
-        verdict=overall if len(group) > 1 or verdicts[0] == overall else "no clear change",
-        raised=verdicts.count("raises"),
-        lowered=verdicts.count("lowers"),
-        comparisons=len(group),
-        attacks=len({c.attack for c in group}),
-        targets=len({c.target for c in group}),
-        family=len(adjusted),
-    )
-
-
-def _mean(values: Iterator[float]) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
-
-
-def _sentences(summary: Summary) -> Iterator[str]:
-    interval = f"{_points(summary.low)} to {_points(summary.high)}"
-    against = f"{_points(summary.difference)} percentage points against {summary.baseline}"
-    opening = {
-        "raises": f"{summary.source} raises the error rate of the targets",
-        "lowers": f"{summary.source} lowers the error rate of the targets",
-        "no clear change": f"{summary.source} makes no clear change to the error rate of the targets",
-    }[summary.verdict]
-    if summary.comparisons == 1:
-        yield f"{opening}: {against}, 95 % interval {interval}."
-        return
-    over = f"{_count(summary.attacks, 'attack')} and {_count(summary.targets, 'target')}"
-    yield (
-        f"{opening}: {against} on average, 95 % interval {interval}, over {summary.comparisons} comparisons ({over})."
-    )
-    unclear = summary.comparisons - summary.raised - summary.lowered
-    yield (
-        f"One by one, {summary.raised} of the {summary.comparisons} show a higher error rate, {summary.lowered} a "
-        f"lower one and {unclear} no clear change (exact McNemar test, Holm's correction over "
-        f"{_count(summary.family, 'comparison')}, {100 * LEVEL:g} % level)."
-    )
-
-
-def _range_sentence(matrix: TransferMatrix) -> str:
-    rates = span_text(cell.rate for cell in matrix.cells)
-    return f"The error rate of the targets is {rates} over {_count(len(matrix.cells), 'combination')}."
-
-
 def _shape_text(matrix: TransferMatrix) -> str:
     counts = sorted({cell.n for cell in matrix.cells})
     images = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{_count(len(matrix.sources), 'source')}, {_count(len(matrix.attacks), 'attack')}, "
-        f"{_count(len(matrix.targets), 'target')}; {images} images a combination."
+        f"{count_text(len(matrix.sources), 'source')}, {count_text(len(matrix.attacks), 'attack')}, "
+        f"{count_text(len(matrix.targets), 'target')}; {images} images a combination."
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _points(fraction: float) -> str:
-    """Percentage points with a sign, a true minus among them."""
-    text = f"{100 * fraction:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def _by_attack(matrix: TransferMatrix) -> list[Cell]:
-    """The cells so that the sources, which are what a reader compares, stand under one another."""
-    combinations = ((s, a, t) for a in matrix.attacks for t in matrix.targets for s in matrix.sources)
-    return [cell for combination in combinations if (cell := matrix.find(*combination)) is not None]
-
-
-def _cell_row(cell: Cell) -> dict[str, Any]:
-    missing = math.isnan(cell.rate)
-    return {
-        "attack": cell.attack,
-        "target": cell.target,
-        "source": cell.source,
-        "rate": percent_text(cell.rate),
-        "interval": "n/a" if missing else f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]",
-        "n": cell.n,
-        "clean_accuracy": percent_text(cell.clean_accuracy),
-        "white_box": percent_text(cell.white_box),
-    }
-
-
-def _comparison_rows(matrix: TransferMatrix) -> Iterator[dict[str, Any]]:
-    adjusted = _adjusted(matrix)
-    words = {"raises": "higher", "lowers": "lower", "no clear change": "no clear change"}
-    for comparison in matrix.comparisons:
-        p_value = adjusted.get(comparison)
-        difference = difference_text(comparison.difference, comparison.low, comparison.high)
-        yield {
-            "attack": comparison.attack,
-            "target": comparison.target,
-            "source": comparison.source,
-            "baseline": comparison.baseline,
-            "n": comparison.n,
-            "difference": difference.replace("-", "−"),
-            "only_baseline": comparison.only_baseline,
-            "only_source": comparison.only_source,
-            "p_value": "n/a" if p_value is None else _bare_p(comparison.p_value),
-            "adjusted": "n/a" if p_value is None else _bare_p(p_value),
-            "verdict": "no images" if p_value is None else words[_verdict(comparison, p_value)],
-        }
-
-
-def _bare_p(p_value: float) -> str:
-    return p_text(p_value, "").strip().removeprefix("= ")
+def _geometry_shape(geometry: GeometryResult) -> str:
+    points = dict.fromkeys(estimate.point for estimate in geometry.estimates)
+    others = f", {count_text(len(others_of(geometry)), 'other model')}" if others_of(geometry) else ""
+    return (
+        f"{count_text(len(models_of(geometry)), 'model')}{others}, {count_text(len(points), 'point')} of each image "
+        f"({', '.join(points)}); {count_text(len(geometry.indices), 'image')}."
+    )
 
 
 def _protocol(config: Mapping[str, Any]) -> str:
@@ -375,10 +309,19 @@ def _section(section: Section) -> dict[str, Any]:
         "title": section.title,
         "paragraphs": [part for part in re.split(r"\n\s*\n", section.text.strip()) if part],
         "facts": list(_facts(section.facts)),
-        "header": list(section.header),
-        "rows": [[_value_text(value) for value in row] for row in section.rows],
+        "table": _section_table(section) if section.rows else None,
         "pictures": section.pictures,
     }
+
+
+def _section_table(section: Section) -> Table:
+    rows = [[_entry(value) for value in row] for row in section.rows]
+    return Table(section.title, [(name, "plain") for name in section.header], rows)
+
+
+def _entry(value: object) -> Entry:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number(value, _value_text(value)) if numeric else Entry(_value_text(value))  # type: ignore[arg-type]
 
 
 def _svg_uri(figure: Figure) -> str:

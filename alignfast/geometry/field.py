@@ -81,8 +81,9 @@ class Field:
         norms = lengths(directions)
         step = FINITE_STEP * images[0].numel() ** 0.5
         moved = step * directions / norms.clamp_min(torch.finfo(images.dtype).tiny)
-        turn: Tensor = self.gradients(images + moved) - self.gradients(images - moved)
-        return turn * (norms / (2 * step))
+        turn = self.gradients(images + moved) - self.gradients(images - moved)
+        products: Tensor = turn * (norms / (2 * step))
+        return products
 
 
 def field_of(model: Classifier, labels: Tensor) -> Field:

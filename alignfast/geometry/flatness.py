@@ -39,13 +39,20 @@ def profile(field: Field, images: Tensor, distances: Tensor) -> Tensor:
 
 
 def nonlinearity(field: Field, images: Tensor, radius: float, steps: int = 8) -> Tensor:
-    """[N]: the largest |L(x + t s) - L(x) - t |g|_1| over t = radius / steps, ..., radius, for s = sign(g), over
-    radius |g|_1, the rise of the linear model (Qin et al., NeurIPS 2019, equation 6, along the gradient's sign).
+    """[N]: how far the loss is from its linear model along the gradient's sign, in [0, 2],
 
-    NaN where the gradient is zero.
+        max |L(x + t s) - L(x) - t |g|_1| / max(|L(x + t s) - L(x)|, t |g|_1) over t = radius / steps, ..., radius,
+
+    with s = sign(g), each maximum over all t: the violation of linearity of Qin et al. (NeurIPS 2019, equation 6) in
+    this direction, as a share of the rise or of what the linear model makes of it. 0 for a straight line; near 1 where
+    the gradient tells nothing of the rise. NaN where the gradient is zero.
     """
     grad = field.gradients(images)
     here, slope, direction = field.values(images), grad.flatten(1).abs().sum(1), grad.sign()
-    distances = [radius * step / steps for step in range(1, steps + 1)]
-    gaps = [(field.values(images + t * direction) - here - t * slope).abs() for t in distances]
-    return torch.stack(gaps).amax(0) / (radius * slope)
+    gaps, sizes = [], []
+    for step in range(1, steps + 1):
+        length = radius * step / steps
+        rise, predicted = field.values(images + length * direction) - here, length * slope
+        gaps.append((rise - predicted).abs())
+        sizes.append(torch.maximum(rise.abs(), predicted))
+    return torch.where(slope > 0, torch.stack(gaps).amax(0) / torch.stack(sizes).amax(0), torch.nan)

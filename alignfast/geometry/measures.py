@@ -12,10 +12,7 @@ MEASURES: dict[str, str] = {
     "lipschitz": "largest change of the input gradient over the distance, between the point and others near it",
     "rise_worst": "most that the loss rises within the radius, as found by ascent",
     "rise_mean": "mean rise of the loss at random points of the ball of that radius",
-    "nonlinearity": (
-        "largest gap between the loss and its linear model along the gradient's sign, over the rise that this model "
-        "predicts"
-    ),
+    "nonlinearity": "gap between the loss and its linear model along the gradient's sign, as a share of the rise",
 }
 # Of a model and another, at the model's point.
 PAIR_MEASURES: dict[str, str] = {

@@ -63,6 +63,9 @@ class Difference:
     """The mean over images of `model`'s value minus `baseline`'s, with its bootstrap 95 % interval over paired images.
 
     n: images with both values. With `other`, both are measured against that model.
+    fell, fell_low, fell_high: the share of the images with two different values on which the model's is the lower, with
+        Wilson's 95 % interval: means of curvatures are made by few images, and this is not. NaN, 0 and 1 without such
+        images.
     """
 
     baseline: str
@@ -74,6 +77,9 @@ class Difference:
     low: float
     high: float
     n: int
+    fell: float = math.nan
+    fell_low: float = 0.0
+    fell_high: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("mean", "difference", "low", "high", "median")
+    names = ("mean", "difference", "low", "high", "median", "fell")
     return {key: math.nan if value is None and key in names else value for key, value in record.items()}
 
 

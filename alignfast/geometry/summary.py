@@ -49,7 +49,9 @@ def _difference(before: Row, after: Row, resamples: int, seed: int) -> Differenc
     if len(first) == 0:
         return Difference(*named, math.nan, math.nan, math.nan, 0)
     low, high = _interval(first, second, after.measure, resamples, seed)
-    return Difference(*named, float((second - first).mean()), low, high, len(first))
+    fell, changed = int((second < first).sum()), int((second != first).sum())
+    share = fell / changed if changed else math.nan
+    return Difference(*named, float((second - first).mean()), low, high, len(first), share, *wilson(fell, changed))
 
 
 def _interval(first: Floats, second: Floats, measure: str, resamples: int, seed: int) -> tuple[float, float]:

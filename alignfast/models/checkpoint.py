@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from alignfast.files import replacing
 from alignfast.models.classifier import Classifier
+from alignfast.models.defences import Defended
 from alignfast.models.ensemble import Ensemble
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
@@ -90,7 +91,7 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], metadata: M
 
 def fingerprint(module: nn.Module) -> str:
     """16 hexadecimal digits of the SHA-256 over names, dtypes, shapes and bytes of all weights and buffers, over the
-    normalisation of classifiers, and over how ensembles combine their members.
+    normalisation of classifiers, over defences, and over how ensembles combine their members.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -103,6 +104,8 @@ def fingerprint(module: nn.Module) -> str:
                 digest.update(str(None if values is None else values.tolist()).encode())
         if isinstance(part, Ensemble):
             digest.update(part.combine.encode())
+        if isinstance(part, Defended):
+            digest.update(repr(part.defences).encode())
     return digest.hexdigest()[:16]
 
 

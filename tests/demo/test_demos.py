@@ -27,7 +27,13 @@ def test_digits_reports_what_it_measured(tmp_path: Path, monkeypatch: pytest.Mon
     state = torch.get_rng_state()
     matrix = digits.run(tmp_path, quiet())
     assert torch.equal(state, torch.get_rng_state())
-    assert {path.name for path in tmp_path.iterdir()} == {"matrix.json", "transfer.png", "bars.png", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "matrix.json",
+        "matrix.csv",
+        "transfer.png",
+        "bars.png",
+        "report.html",
+    }
     content = json.loads((tmp_path / "matrix.json").read_text())
     assert len(content["cells"]) == 2 * 3 * 2
     assert {cell["n"] for cell in content["cells"]} == {1200}

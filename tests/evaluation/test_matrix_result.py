@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 import pickle
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,70 @@ def test_numbers_as_text() -> None:
     assert difference_text(0.052, -0.0001, 0.083) == "+5.2 [0.0, +8.3]"
     assert difference_text(math.nan, -1.0, 1.0) == "n/a"
     assert [p_text(p) for p in (0.00001, 0.0496, 0.5, 1.0)] == ["p < 0.0001", "p = 0.0496", "p = 0.50", "p = 1.00"]
+
+
+def known() -> TransferMatrix:
+    """With an eps, a norm and a defence of some."""
+    config = {"eps": {"mi": 4 / 255}, "norm": {"mi": "linf"}, "defences": {"vit[b]": "Jpeg(quality=75)"}}
+    return replace(matrix(), config=config)
+
+
+def test_records_are_flat_and_have_a_row_for_each_cell() -> None:
+    records = known().to_records()
+    assert [(one["source"], one["attack"], one["target"]) for one in records] == [
+        ("vanilla", "mi", "vgg"),
+        ("vanilla", "mi", "vit[b]"),
+        ("aligned", "mi", "vgg"),
+    ]
+    for record in records:
+        assert list(record)[:9] == KEYS
+        assert list(record)[9:] == [
+            *("eps", "norm", "defence", "baseline", "difference", "difference_low", "difference_high", "p_value")
+        ]
+        assert all(value is None or isinstance(value, (str, int, float)) for value in record.values())
+    first, second, third = records
+    assert (first["rate"], first["n"], first["eps"], first["norm"], first["defence"]) == (
+        0.4,
+        100,
+        4 / 255,
+        "linf",
+        None,
+    )
+    assert first["baseline"] is None
+    assert math.isnan(first["difference"])
+    assert math.isnan(second["rate"])
+    assert second["defence"] == "Jpeg(quality=75)"
+    (comparison,) = known().comparisons_of("aligned", "mi", "vgg")
+    assert (third["baseline"], third["difference"], third["p_value"]) == ("vanilla", 0.2, comparison.p_value)
+    assert (third["difference_low"], third["difference_high"]) == (comparison.low, comparison.high)
+    bare = matrix().to_records()[0]
+    assert math.isnan(bare["eps"])
+    assert (bare["norm"], bare["defence"]) == (None, None)
+
+
+def test_csv_has_the_records_to_the_last_bit(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.csv"
+    awkward = replace(known(), cells=(*known().cells, Cell.counted('a, "b"', "x\ny", "t", errors=1, n=3)))
+    awkward.save_csv(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    records = awkward.to_records()
+    assert len(rows) == 4
+    for row, record in zip(rows, records, strict=True):
+        assert list(row) == list(record)
+        for name, value in record.items():
+            missing = value is None or (isinstance(value, float) and math.isnan(value))
+            assert row[name] == ("" if missing else str(value))
+    assert float(rows[3]["rate"]) == 1 / 3
+    assert [path.name for path in tmp_path.iterdir()] == ["matrix.csv"]
+
+
+def test_pandas_reads_both_alike(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    known().save_csv(tmp_path / "matrix.csv")
+    frame, read = pandas.DataFrame(known().to_records()), pandas.read_csv(tmp_path / "matrix.csv")
+    assert list(frame.columns) == list(read.columns)
+    assert read.rate.tolist()[::2] == frame.rate.tolist()[::2] == [0.4, 0.6]
+    assert read.rate.isna().tolist() == frame.rate.isna().tolist() == [False, True, False]
+    assert frame[frame.p_value < 0.05].source.tolist() == read[read.p_value < 0.05].source.tolist() == ["aligned"]
+    assert read.defence.isna().tolist() == frame.defence.isna().tolist() == [True, False, True]

@@ -2,17 +2,26 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from alignfast.evaluation import report
+from alignfast.evaluation.findings import geometry_sentences, number_text, signed_text
 from alignfast.evaluation.matrix_result import Cell, Comparison, TransferMatrix
 from alignfast.evaluation.plots import heat_map, write_figure
-from alignfast.evaluation.report import Picture, Section, summarise, summary_sentences, write_report
+from alignfast.evaluation.report import READING, Picture, Section, render_report, write_report
 from alignfast.evaluation.statistics import paired
+from alignfast.geometry.measures import MEASURES, PAIR_MEASURES
+from alignfast.geometry.pictures import draw
+from alignfast.geometry.result import GeometryResult
+from tests.evaluation.matrices import build
+from tests.geometry.results import build as geometry_of
 
+FEW = ("clean", "step 3")
 HOSTILE = "<script>alert('x')</script>&\"{{ 7*7 }}"
 VOID = {"meta", "img", "wbr", "br", "link", "input", "hr"}
 
@@ -38,7 +47,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -49,26 +58,10 @@ class Page(HTMLParser):
         return [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
 
 
-def build(
-    shifts: dict[str, float],
-    attacks: tuple[str, ...] = ("pgd", "mi"),
-    targets: tuple[str, ...] = ("vgg", "vit"),
-    n: int = 400,
-) -> TransferMatrix:
-    """Rates of 40 % for "vanilla", and `shifts` more from the others on nested sets of images."""
-    cells, comparisons = [], []
-    order = np.arange(n)
-    for attack in attacks:
-        for target in targets:
-            base = order < round(0.4 * n)
-            for source, shift in {"vanilla": 0.0, **shifts}.items():
-                flags = order < round((0.4 + shift) * n)
-                numbers = {"clean_accuracy": 0.917, "white_box": 0.983}
-                cells.append(Cell.counted(source, attack, target, errors=int(flags.sum()), n=n, **numbers))
-                if source != "vanilla":
-                    comparisons.append(Comparison.of("vanilla", source, attack, target, paired(base, flags)))
-    config = {"protocol": "qualified", "attacks": {"mi": {"eps": 0.0156}}}
-    return TransferMatrix(tuple(cells), tuple(comparisons), config, {"torch": "2.14.1"})
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the pictures of geometries, for tests of words."""
+    monkeypatch.setattr(report, "draw", lambda *_: ())
 
 
 def png() -> bytes:
@@ -79,7 +72,7 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-def page_of(matrix: TransferMatrix, folder: Path, **options: object) -> Page:
+def page_of(matrix: TransferMatrix | None, folder: Path, **options: object) -> Page:
     path = folder / "report.html"
     write_report(matrix, path, **options)  # type: ignore[arg-type]
     assert [file.name for file in folder.iterdir()] == ["report.html"]
@@ -99,15 +92,21 @@ def test_page_holds_every_number(tmp_path: Path) -> None:
     assert rows == 2 + len(matrix.cells) + len(matrix.comparisons) + 3
 
 
-def test_page_stands_alone(tmp_path: Path) -> None:
-    page = page_of(build({"aligned": 0.1}), tmp_path)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "base"})
+@pytest.mark.parametrize("geometry", [None, geometry_of(others=("vgg",), points=FEW, images=1, n=12)])
+def test_page_stands_alone(geometry: GeometryResult | None, tmp_path: Path) -> None:
+    page = page_of(build({"aligned": 0.1}), tmp_path, geometry=geometry)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"link", "iframe", "object", "base"})
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
     for _, attributes in page.tags:
-        for name in ("src", "href", "srcset", "action", "data"):
+        for name in ("src", "srcset", "action", "data"):
             assert (attributes.get(name) or "data:").startswith("data:")
+    ids = [f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes]
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == ids
+    assert not any("href" in attributes for tag, attributes in page.tags if tag != "a")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", html)
-    assert len(page.sources()) == 2
+    assert len(page.sources()) == (2 if geometry is None else 2 + len(list(draw(geometry))))
     for source in page.sources():
         svg = base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode()
         assert svg.startswith("<?xml")
@@ -120,7 +119,7 @@ def test_names_and_sections_are_escaped(tmp_path: Path) -> None:
     matrix = TransferMatrix(cells, (), {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE})
     section = Section(HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, (HOSTILE,), [(HOSTILE,)], [Picture(png(), HOSTILE)])
     page = page_of(matrix, tmp_path, title=HOSTILE, extra=[section])
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 1
     assert page.text.count(HOSTILE) >= 14
     assert "49" not in page.text.replace("{{ 7*7 }}", "")[:200]
     assert [attributes["alt"] for tag, attributes in page.tags if tag == "img"][-1] == HOSTILE
@@ -144,47 +143,6 @@ def test_sections_are_checked() -> None:
         Picture(b"GIF")
 
 
-@pytest.mark.parametrize(
-    ("shift", "verdict", "raised", "lowered"),
-    [(0.1, "raises", 4, 0), (-0.1, "lowers", 0, 4), (0.0, "no clear change", 0, 0), (0.005, "no clear change", 0, 0)],
-)
-def test_summary_follows_the_numbers(shift: float, verdict: str, raised: int, lowered: int) -> None:
-    matrix = build({"aligned": shift})
-    (summary,) = summarise(matrix)
-    assert summary.verdict == verdict
-    assert (summary.raised, summary.lowered, summary.comparisons) == (raised, lowered, 4)
-    assert summary.difference == pytest.approx(shift)
-    sentence = summary_sentences(matrix)[0]
-    opening = {"no clear change": "makes no clear change to"}.get(verdict, verdict)
-    assert sentence.startswith(f"aligned {opening} the error rate of the targets")
-    assert "over 4 comparisons (2 attacks and 2 targets)" in sentence
-
-
-def test_opposite_changes_are_not_averaged_away() -> None:
-    up, down = build({"aligned": 0.1}, attacks=("up",)), build({"aligned": -0.1}, attacks=("down",))
-    matrix = TransferMatrix(up.cells + down.cells, up.comparisons + down.comparisons)
-    first, second = summary_sentences(matrix)
-    assert "no clear change" in first
-    assert "2 of the 4 show a higher error rate, 2 a lower one and 0 no clear change" in second
-
-
-def test_holm_covers_all_comparisons() -> None:
-    # Six of six discordant images: p = 0.031 alone, 0.125 among four.
-    alone, among = build({"aligned": 0.03}, ("mi",), ("vgg",), n=200), build({"aligned": 0.03}, n=200)
-    assert summarise(alone)[0].verdict == "raises"
-    assert summarise(among)[0].raised == 0
-
-
-def test_a_single_comparison_needs_its_test_to_agree() -> None:
-    # The published table whose interval leaves out 0 and whose exact p-value is 0.052.
-    first = np.repeat([True, True, False, False], [59, 6, 16, 80])
-    second = np.repeat([True, False, True, False], [59, 6, 16, 80])
-    comparison = Comparison.of("a", "b", "mi", "vgg", paired(first, second))
-    assert comparison.low > 0
-    (summary,) = summarise(TransferMatrix((), (comparison,)))
-    assert summary.verdict == "no clear change"
-
-
 def test_without_comparisons_nothing_is_compared(tmp_path: Path) -> None:
     page = page_of(build({}), tmp_path)
     assert "The error rate of the targets is 40.0 % over 4 combinations." in page.text
@@ -198,9 +156,9 @@ def test_comparisons_of_no_images_are_left_out(tmp_path: Path) -> None:
     cells = tuple(Cell.counted(source, "di", "vgg", errors=0, n=0) for source in ("vanilla", "aligned"))
     empty = Comparison.of("vanilla", "aligned", "di", "vgg", paired(nothing, nothing))
     matrix = TransferMatrix(matrix.cells + cells, (*matrix.comparisons, empty))
-    assert summarise(matrix)[0].comparisons == 2
     page = page_of(matrix, tmp_path)
     assert "no images" in page.text
+    assert "over 2 comparisons" in page.text
     assert "nan" not in page.text.lower()
 
 
@@ -222,3 +180,71 @@ def test_an_empty_matrix_is_refused_and_the_old_page_kept(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="matrix: got no cells"):
         write_report(TransferMatrix(()), path)
     assert path.read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_geometry_alone_has_every_number_and_no_word_of_transfer(tmp_path: Path) -> None:
+    geometry = geometry_of(n=30)
+    page = page_of(None, tmp_path, geometry=geometry, title="Surfaces")
+    for entry in geometry.estimates:
+        assert number_text(entry.mean) in page.text
+        assert f"[{number_text(entry.low)}, {number_text(entry.high)}]" in page.text
+    for difference in geometry.differences:
+        assert signed_text(difference.difference) in page.text
+    for word in ("Surfaces", "2 models, 2 other models, 4 points of each image", "30 images", "aligned vs vanilla"):
+        assert word in page.text
+    for sentence in geometry_sentences(geometry):
+        assert sentence in page.text
+    for word in ("Error rates at a glance", "McNemar", "All combinations"):
+        assert word not in page.text
+    rows = sum(tag == "tr" for tag, _ in page.tags)
+    assert rows == 4 + len(geometry.estimates) + len(geometry.differences) + len(geometry.config) + 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_measure_is_said_and_how_to_read_it(tmp_path: Path) -> None:
+    assert set(READING) == set(MEASURES) | set(PAIR_MEASURES)
+    page = page_of(None, tmp_path, geometry=geometry_of(points=FEW, n=12))
+    for name, text in {**MEASURES, **PAIR_MEASURES}.items():
+        assert f"{name} {text[0].upper()}{text[1:]}. {READING[name]}" in page.text
+    alone = page_of(None, tmp_path, geometry=geometry_of(others=(), points=FEW, n=12))
+    assert READING["curvature"] in alone.text
+    assert READING["kl"] not in alone.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_both_are_told_on_one_page(tmp_path: Path) -> None:
+    matrix, geometry = build({"aligned": 0.1}), geometry_of(points=FEW, n=20)
+    page = page_of(matrix, tmp_path, geometry=geometry, beside=["matrix.json", "geometry.csv"])
+    first = page.text.index("aligned raises the error rate of the targets")
+    assert first < page.text.index("aligned against vanilla at the clean image")
+    for word in ("Settings of the transfer", "Settings of the geometry", "matrix.json, geometry.csv"):
+        assert word in page.text
+    alike = replace(geometry, versions=matrix.versions)
+    assert "Versions of the" in page.text
+    assert "Versions of the" not in page_of(matrix, tmp_path, geometry=alike).text
+
+
+def test_what_was_not_measured_leaves_no_hole(tmp_path: Path) -> None:
+    bare = replace(geometry_of(["vanilla"], others=(), images=0, n=12), profile=None)
+    page = page_of(None, tmp_path, geometry=bare)
+    assert "No losses of two models were compared" in page.text
+    assert "Paired differences of one model" not in page.text
+    assert "nan" not in page.text.lower().replace("nanmean", "")
+    assert len(page.sources()) == 2
+
+
+def test_missing_numbers_are_sorted_as_such(tmp_path: Path) -> None:
+    cells = (Cell.counted("a", "mi", "x", errors=0, n=0), Cell.counted("a", "mi", "y", errors=1, n=4))
+    page = page_of(TransferMatrix(cells), tmp_path)
+    keys = [attributes.get("data-key") for tag, attributes in page.tags if tag == "td"][:16]
+    assert keys[3:8] == ["", "", "0.0", "", ""]
+    assert keys[11] == "0.25"
+    assert keys[:3] == [None, None, None]
+
+
+def test_nothing_to_report_is_refused() -> None:
+    with pytest.raises(ValueError, match="matrix, geometry: got neither"):
+        render_report(None)
+    with pytest.raises(ValueError, match="geometry: got no estimates"):
+        render_report(build({}), replace(geometry_of(n=4), estimates=()))

@@ -64,8 +64,13 @@ def test_a_profile_follows_the_sign_of_the_gradient(images: Tensor) -> None:
 
 
 def test_nonlinearity_of_a_quadratic(images: Tensor) -> None:
-    wanted = BENT.sum() * RADIUS / 2 / slopes(images).abs().sum(1)
-    torch.testing.assert_close(nonlinearity(quadratic(SLOPE, torch.diag(BENT)), images, RADIUS), wanted)
+    bend, line = BENT.sum() * RADIUS**2 / 2, slopes(images).abs().sum(1) * RADIUS
+    loss = quadratic(SLOPE, torch.diag(BENT))
+    torch.testing.assert_close(nonlinearity(loss, images, RADIUS), bend / (bend + line))
+    # Downwards, where the linear model promises more than there is.
+    hill = quadratic(SLOPE, -torch.diag(BENT))
+    line = (SLOPE - BENT * images.flatten(1)).abs().sum(1) * RADIUS
+    torch.testing.assert_close(nonlinearity(hill, images, RADIUS), bend / line)
 
 
 def test_a_line_is_straight(images: Tensor) -> None:

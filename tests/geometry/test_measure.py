@@ -155,6 +155,8 @@ def test_estimates_and_differences(result: GeometryResult) -> None:
     assert difference.difference == pytest.approx((after - before).mean())
     assert difference.low < difference.difference < difference.high
     assert difference.baseline == "vanilla"
+    assert difference.fell == np.mean(after < before)
+    assert (difference.fell_low, difference.fell_high) == pytest.approx(_wilson(difference.fell, COUNT))
     rate = result.estimate("vanilla", "fooled", "step 3", "target")
     assert (rate.low, rate.high) == pytest.approx(_wilson(rate.mean, COUNT))
     with pytest.raises(ValueError, match="was not measured"):
