@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from alignfast.evaluation.matrix_result import Comparison, TransferMatrix, span_text
 from alignfast.evaluation.statistics import holm
+from alignfast.geometry.measures import DIAGNOSTICS
 
 if TYPE_CHECKING:
     from alignfast.geometry.result import Difference, GeometryResult
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 LEVEL = 0.05
 # Intervals of fewer images than this are too short to be believed.
 FEWEST = 10
-# Says how well a measure was computed, not how models differ.
-_DIAGNOSTICS = ("curvature_residual",)
 
 Verdict = Literal["raises", "lowers", "no clear change"]
 Change = Literal["higher", "lower", "no clear change", "too few images"]
@@ -79,7 +78,7 @@ def change(difference: Difference) -> Change:
 
 def geometry_sentences(geometry: GeometryResult) -> tuple[str, ...]:
     """The findings in words, at the clean point and at the end of the attack, and how many intervals were looked at."""
-    judged = [d for d in geometry.differences if d.measure not in _DIAGNOSTICS and change(d) != "too few images"]
+    judged = [d for d in geometry.differences if d.measure not in DIAGNOSTICS and change(d) != "too few images"]
     if not judged:
         return (f"No losses of two models were compared on {FEWEST} images or more.",)
     pairs = dict.fromkeys((difference.baseline, difference.model) for difference in judged)
@@ -131,7 +130,18 @@ def _clauses(group: list[Difference], word: str) -> Iterator[str]:
         (only,) = found
         name = measure if only.other is None else f"{measure} with {only.other}"
         difference, low, high = (signed_text(value, 3) for value in (only.difference, only.low, only.high))
-        yield name if word == "no clear change" else f"{name} ({difference} [{low}, {high}])"
+        told = [] if word == "no clear change" else [f"{difference} [{low}, {high}]"]
+        told += [_share_text(only)] if only.fell_low > 0.5 or only.fell_high < 0.5 else []
+        yield f"{name} ({'; '.join(told)})" if told else name
+
+
+def _share_text(difference: Difference) -> str:
+    """On how many images the value fell or rose, which a few large values cannot decide."""
+    fell = difference.fell > 0.5
+    share, low, high = difference.fell, difference.fell_low, difference.fell_high
+    if not fell:
+        share, low, high = 1 - share, 1 - high, 1 - low
+    return f"{'lower' if fell else 'higher'} on {100 * share:.0f} % of images [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _intervals_sentence(judged: list[Difference]) -> str:

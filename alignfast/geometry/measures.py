@@ -21,3 +21,5 @@ PAIR_MEASURES: dict[str, str] = {
     "agreement": "1 where both predict the same class, else 0",
     "fooled": "1 where the other model is wrong there, else 0; after the attack this is transfer",
 }
+# Those that say how well another was computed, and not how models differ.
+DIAGNOSTICS = ("curvature_residual",)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alignfast.evaluation.statistics import bootstrap, paired, wilson
+from alignfast.geometry.measures import DIAGNOSTICS
 from alignfast.geometry.result import Difference, Estimate, Floats, Row
 
 # Measures that are 0 or 1 for an image, whose means are rates.
@@ -25,7 +26,7 @@ def differences(rows: Sequence[Row], baseline: str, resamples: int, seed: int) -
     found = []
     for row in rows:
         before = by_key.get((baseline, row.other, row.point, row.measure))
-        if row.model != baseline and before is not None:
+        if row.model != baseline and before is not None and row.measure not in DIAGNOSTICS:
             found.append(_difference(before, row, resamples, seed))
     return tuple(found)
 

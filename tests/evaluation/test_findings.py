@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,17 @@ def test_the_geometry_is_told_with_its_intervals() -> None:
         "aligned against vanilla after step 20 of the attack: raises fooled with vgg (+0.3 [+0.25, +0.35]).",
         "In brackets are 95 % intervals. 5 intervals of paired differences were looked at, each on its own and not "
         "corrected for their number: 3 leave out 0, where about 0.25 would if no two models differed.",
+    )
+
+
+def test_the_share_of_images_is_told_where_it_is_clear() -> None:
+    """Few large values make a mean, and it may hide what most images show."""
+    heavy = replace(difference("curvature", -9.0, 90.0), fell=0.82, fell_low=0.7, fell_high=0.9)
+    risen = replace(difference("loss", 1.0, 2.0), fell=0.2, fell_low=0.1, fell_high=0.33)
+    unclear = replace(difference("lipschitz", -2.0, -1.0), fell=0.55, fell_low=0.41, fell_high=0.68)
+    assert sentences(heavy, risen, unclear)[0] == (
+        "aligned against vanilla at the clean image: lowers lipschitz (−1.5 [−2, −1]); raises loss (+1.5 [+1, +2]; "
+        "higher on 80 % of images [67, 90]); no clear change in curvature (lower on 82 % of images [70, 90])."
     )
 
 
