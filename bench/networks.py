@@ -55,25 +55,6 @@ def input_gradient(model: Classifier, images: Tensor, labels: Tensor) -> Callabl
     return call
 
 
-class Normalised(nn.Module):
-    """A classifier's network behind its normalisation, written as people write it."""
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        assert model.mean is not None
-        assert model.std is not None
-        self.network = model.module
-        self.register_buffer("shift", model.mean[:, None, None])
-        self.register_buffer("scale", model.std[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network((images - self.shift) / self.scale)
-        return logits
-
-
 class ResNet20(nn.Module):
     """He et al.'s (2016) for CIFAR-10: 32 x 32 pixels, 16, 32 and 64 channels, shortcuts without weights."""
 

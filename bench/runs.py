@@ -19,10 +19,11 @@ from alignfast.alignment.stream import Stream
 from alignfast.alignment.terms import terms_of
 from alignfast.alignment.witnesses import Witnesses
 from alignfast.attacks import Attack, create
+from alignfast.compat.normalised import Normalised
 from alignfast.data import as_batches
 from alignfast.models import Classifier, prepare
 
-from .networks import Normalised, captured, classifier, flops_of, input_gradient, tf32
+from .networks import captured, classifier, flops_of, input_gradient, tf32
 from .peers import PEERS, installed
 from .reference import alignment as reference
 from .subject import Call, Cost

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from alignfast.compat import torchattacks as ours
+from alignfast.compat.normalised import Normalised
 from alignfast.files import write_text
-from alignfast.models import Classifier, load_model
+from alignfast.models import load_model
 from alignfast.models.classifier import keeping_modes
 
 COMMAND = "python -m alignfast.compat.parity"
@@ -155,25 +156,6 @@ def small_network() -> tuple[nn.Module, Tensor, Tensor]:
     return network.eval(), images[1500:], labels[1500:]
 
 
-class Normalising(nn.Module):
-    """A classifier's network behind (images - mean) / std, written so that both packages run the same operations."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        assert model.mean is not None
-        assert model.std is not None
-        self.network = model.module
-        self.register_buffer("mean", model.mean[:, None, None])
-        self.register_buffer("std", model.std[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network((images - self.mean) / self.std)
-        return logits
-
-
 def large_network() -> tuple[nn.Module, Tensor, Tensor]:
     """EfficientNet-Lite0 of ImageNet, two photos 3 x 224 x 224, and what it takes them for."""
     from sklearn.datasets import load_sample_images
@@ -183,7 +165,7 @@ def large_network() -> tuple[nn.Module, Tensor, Tensor]:
     images = torch.stack(photos).permute(0, 3, 1, 2).contiguous().float() / 255
     with torch.no_grad():
         labels = model(images).argmax(1)
-    return Normalising(model).eval(), images, labels
+    return Normalised(model).eval(), images, labels
 
 
 def batches_of(images: Tensor, labels: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import alignfast as af
 from alignfast.alignment.loop import fit
-from alignfast.bench.networks import Normalised, classifier
+from alignfast.bench.networks import classifier
 from alignfast.bench.reference import alignment as reference
+from alignfast.compat.normalised import Normalised
 from alignfast.data import augmented, load_dataset, loader
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample"

@@ -128,3 +128,16 @@ def test_other_failures_stay_what_they_are(images: Tensor) -> None:
     loss = field_of(smooth_network(), LABELS)
     with pytest.raises(RuntimeError, match=r"size|shape"):
         loss.hessian(images[:, :, :2])
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_prepared_models_have_the_same_products(name: str) -> None:
+    """Folded, with layers that keep less for the backward pass, and in another layout."""
+    torch.manual_seed(0)
+    model = af.load_model(f"timm:{name}", num_classes=3, input_size=(3, 64, 64)).eval().requires_grad_(False)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    directions = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    prepared = af.prepare(model, images, "fp32")
+    found, wanted = (field_of(one, LABELS[:2]).hessian(images)(directions) for one in (prepared, model))
+    assert float(wanted.norm()) > 0
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3

@@ -182,15 +182,15 @@ def test_auto_tries_what_the_device_computesin_hardware(monkeypatch: pytest.Monk
 def test_auto_remembers_its_choice_for_the_same_weights_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(model(), images())
     measured: list[None] = []
-    seconds = preparation._seconds
-    monkeypatch.setattr(preparation, "_seconds", lambda *given: measured.append(None) or seconds(*given))
+    measure = preparation._measured
+    monkeypatch.setattr(preparation, "_measured", lambda *given: measured.append(None) or measure(*given))
     again = prepare(model(), images())
     assert again.preparation == first.preparation
     assert not measured
     torch.testing.assert_close(again(images()), first(images()), rtol=0, atol=0)
     prepare(model(), images(5))
     prepare(model(3), images())
-    assert len(measured) == 2 * preparation.ROUNDS
+    assert len(measured) == 2
 
 
 def test_a_choice_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:

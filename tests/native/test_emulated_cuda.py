@@ -36,6 +36,8 @@ def test_every_op_has_kernels():
     assert {source.stem for source in emulated.sources()} == OPS
 
 
+# Under the sanitizers, where `make test` runs a choice of them, they find the same and more.
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_op_tests_pass(library, choice):
     run = run_python(library, *PYTEST, *choice, "-m", "not slow and not cpu_only", "tests/ops")
