@@ -25,8 +25,9 @@ KINDS |= dict.fromkeys(("tgr", "pna_patchout", "sapr"), "transformer")
 TARGETED = {"potrip"}
 SMALL = {"pna_patchout": {"crop_length": 8, "sample_num_patches": 8}}
 # The least cosine between the ways, where signs of small gradients, which rounding turns, decide more than a pixel: of
-# warps, of steps that are passed on to neighbours, and of small steps from member to member. TPGD's first gradient, a hair from the clean prediction, is that
-# of a difference which half precision does not hold, so that only its way's being there is asked for.
+# warps, of steps that are passed on to neighbours, and of small steps from member to member. TPGD's first gradient, a
+# hair from the clean prediction, is that of a difference which half precision does not hold, so that only its way's
+# being there is asked for.
 LEAST = {"cwa": 0.7, "decowa": 0.4, "pifgsm": 0.7, "pifgsmpp": 0.6, "tpgd": -1.0}
 
 
