@@ -43,6 +43,16 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
+def read_json(name: str, path: str | os.PathLike[str]) -> Any:
+    """What NAME.json holds; ValueError that names it where it cannot be read or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path} ({error.strerror}); give a {name}.json") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: {path} is not JSON ({error}); give a {name}.json") from error
+
+
 def check_unused(folder: str | os.PathLike[str]) -> None:
     """Refuse by ValueError what `claim_folder` would refuse without `resume`, as far as that can be told beforehand."""
     if _held(Path(folder)) - {RUN_FILE}:

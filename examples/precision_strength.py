@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 import alignfast as af
 from alignfast.data import load_dataset, loader, spread_indices
 from alignfast.evaluation import TransferMatrix
-from alignfast.evaluation.statistics import paired
+from alignfast.evaluation.statistics import paired_counts
 from alignfast.files import write_text
 
 NETWORKS = ("lite0", "lite1", "lite2")
@@ -94,11 +94,7 @@ def summed(matrices: dict[str, TransferMatrix], attack: str, own: bool) -> list[
                 errors = matrix.cell(PRECISIONS[0], attack, target).errors
                 both, n = both + errors - one.only_baseline, n + one.n
                 only_first, only_second = only_first + one.only_baseline, only_second + one.only_source
-    flags = torch.zeros(2, n, dtype=torch.bool)
-    flags[0, : both + only_first] = True
-    flags[1, :both] = True
-    flags[1, both + only_first : both + only_first + only_second] = True
-    result = paired(flags[0], flags[1])
+    result = paired_counts(both, only_first, only_second, n)
     rate = f"{100 * (both + only_first) / n:.1f}"
     return [rate, f"{100 * result.difference:+.1f} ({100 * result.low:+.1f} to {100 * result.high:+.1f})"]
 

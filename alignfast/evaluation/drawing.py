@@ -6,15 +6,18 @@ no display.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+ItemT = TypeVar("ItemT")
 
 # Grey for the baseline, then Okabe and Ito's colours, which stay apart for the colour-blind; hatches, markers and
 # dashes tell them apart in black and white, and go on where the colours repeat.
@@ -96,6 +99,14 @@ def add_legend(figure: Figure, handles: Mapping[str, Artist], title: str) -> Non
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(label)
     literal(legend.get_texts())
+
+
+def in_groups(items: Sequence[ItemT], size: int) -> Iterator[Sequence[ItemT]]:
+    """`items` in groups of at most `size`, of about equal length."""
+    if items:
+        size = math.ceil(len(items) / math.ceil(len(items) / size))
+        for start in range(0, len(items), size):
+            yield items[start : start + size]
 
 
 def longest(labels: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from alignfast.evaluation.matrix_result import Comparison, TransferMatrix, span_text
 from alignfast.evaluation.statistics import holm
 from alignfast.geometry.measures import DIAGNOSTICS
+from alignfast.geometry.points import last_step
 
 if TYPE_CHECKING:
     from alignfast.geometry.result import Difference, GeometryResult
@@ -104,8 +105,7 @@ def signed_text(value: float, digits: int = 4) -> str:
 
 def _told(points: Mapping[str, None]) -> list[str]:
     """The clean point and the last step of the attack, or all points where there is neither."""
-    steps = [point for point in points if point.startswith("step ")]
-    last = max(steps, key=lambda point: int(point.removeprefix("step ")), default=None)
+    last = last_step(points)
     return [point for point in points if point in ("clean", last)] or list(points)
 
 

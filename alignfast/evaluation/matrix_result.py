@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from alignfast.checks import check_choice, check_count
 from alignfast.evaluation.statistics import Paired, wilson
-from alignfast.files import write_json, write_text
+from alignfast.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -310,12 +308,7 @@ class TransferMatrix:
         Raises:
             ValueError: the file cannot be read, is not JSON, or is not a transfer matrix.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"matrix: cannot read {path} ({error.strerror}); give a matrix.json") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"matrix: {path} is not JSON ({error}); give a matrix.json") from error
+        document = read_json("matrix", path)
         try:
             return cls.from_dict(document)
         except ValueError as error:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from alignfast.evaluation.matrix_result import Cell, Comparison, TransferMatrix
-from alignfast.evaluation.statistics import paired
+from alignfast.evaluation.statistics import paired_counts
 
 
 def pool(matrices: Sequence[TransferMatrix]) -> TransferMatrix:
@@ -56,6 +54,5 @@ def _comparison(group: Sequence[Comparison], matrices: Sequence[TransferMatrix])
     only_baseline = sum(comparison.only_baseline for comparison in group)
     only_source = sum(comparison.only_source for comparison in group)
     both = sum(cell.errors for cell in baselines) - only_baseline
-    counts = (both, only_baseline, only_source, n - both - only_baseline - only_source)
-    result = paired(np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts))
+    result = paired_counts(both, only_baseline, only_source, n)
     return Comparison.of(first.baseline, first.source, first.attack, first.target, result)

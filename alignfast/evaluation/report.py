@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 import re
 import struct
@@ -18,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from alignfast.evaluation.drawing import Styles, styles_of
+from alignfast.evaluation.drawing import Styles, in_groups, styles_of
 from alignfast.evaluation.findings import (
     FEWEST,
     LEVEL,
@@ -31,7 +30,7 @@ from alignfast.evaluation.plots import bars, heat_map, panel_columns, write_figu
 from alignfast.evaluation.tables import Entry, Table, cells_table, comparisons_table, geometry_tables, number
 from alignfast.files import write_text
 from alignfast.geometry.measures import MEASURES, PAIR_MEASURES
-from alignfast.geometry.pictures import baselines_of, draw, models_of, others_of
+from alignfast.geometry.pictures import baselines_of, draw, models_of, others_of, points_of
 from alignfast.geometry.result import GeometryResult
 
 TITLE = "Transfer of adversarial examples"
@@ -209,9 +208,13 @@ def _transfer_part(matrix: TransferMatrix, styles: Styles) -> dict[str, Any]:
     return {
         "sentences": summary_sentences(matrix),
         "shape": _shape_text(matrix),
-        "heat_maps": [_svg_uri(heat_map(matrix, part)) for part in _parts(matrix, _MAP_ROWS // len(matrix.sources))],
+        "heat_maps": [
+            _svg_uri(heat_map(matrix, part))
+            for part in in_groups(matrix.attacks, max(1, _MAP_ROWS // len(matrix.sources)))
+        ],
         "bar_charts": [
-            _svg_uri(bars(matrix, part, styles)) for part in _parts(matrix, _BAR_LINES * panel_columns(matrix))
+            _svg_uri(bars(matrix, part, styles))
+            for part in in_groups(matrix.attacks, _BAR_LINES * panel_columns(matrix))
         ],
         "cells": cells_table(matrix),
         "comparisons": comparisons_table(matrix) if matrix.comparisons else None,
@@ -244,14 +247,6 @@ def _by_part(
     return [(f"{heading} of the {part}", rows) for part, rows in facts.items()]
 
 
-def _parts(matrix: TransferMatrix, size: int) -> list[tuple[str, ...]]:
-    """The attacks in groups of at most `size`, of about equal length."""
-    attacks = matrix.attacks
-    groups = math.ceil(len(attacks) / max(1, size))
-    size = math.ceil(len(attacks) / groups)
-    return [attacks[start : start + size] for start in range(0, len(attacks), size)]
-
-
 def _breakable(name: str) -> Markup:
     """`name`, escaped, with places where a line may end: model names are long and hold no spaces."""
     pieces = re.split(r"(?<=[_.:/-])", name)
@@ -268,7 +263,7 @@ def _shape_text(matrix: TransferMatrix) -> str:
 
 
 def _geometry_shape(geometry: GeometryResult) -> str:
-    points = dict.fromkeys(estimate.point for estimate in geometry.estimates)
+    points = points_of(geometry)
     others = f", {count_text(len(others_of(geometry)), 'other model')}" if others_of(geometry) else ""
     return (
         f"{count_text(len(models_of(geometry)), 'model')}{others}, {count_text(len(points), 'point')} of each image "
@@ -320,8 +315,9 @@ def _section_table(section: Section) -> Table:
 
 
 def _entry(value: object) -> Entry:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number(value, _value_text(value)) if numeric else Entry(_value_text(value))  # type: ignore[arg-type]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return number(value, _value_text(value))
+    return Entry(_value_text(value))
 
 
 def _svg_uri(figure: Figure) -> str:

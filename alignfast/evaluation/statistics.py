@@ -97,8 +97,12 @@ def paired(first_fooled: BoolArray, second_fooled: BoolArray) -> Paired:
     first, second = _flags("first_fooled", first_fooled), _flags("second_fooled", second_fooled)
     if first.size != second.size:
         raise ValueError(f"second_fooled: got {second.size} images; allowed is the {first.size} of first_fooled")
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    both, n = int((first & second).sum()), int(first.size)
+    both = int((first & second).sum())
+    return paired_counts(both, int(first.sum()) - both, int(second.sum()) - both, int(first.size))
+
+
+def paired_counts(both: int, only_first: int, only_second: int, n: int) -> Paired:
+    """`paired` of `n` images, of which so many fooled in both, in the first alone and in the second alone."""
     if n == 0:
         return Paired(0, 0, 0, math.nan, -1.0, 1.0, 1.0)
     low, high = _newcombe(both, only_first, only_second, n)

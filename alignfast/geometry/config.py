@@ -82,7 +82,8 @@ class GeometryConfig:
         check_count("seed", self.seed, low=0, high=2**63 - 1)
 
     def takes(self, measure: str) -> bool:
-        return WITH.get(measure, measure) in self.measures or measure in self.measures
+        """Whether it is among the measures, or one that comes with it is."""
+        return measure in self.measures or any(WITH.get(other) == measure for other in self.measures)
 
     @property
     def reach(self) -> float:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from alignfast.checks import check_choice, check_labels
 from alignfast.data import Batch, as_batches
+from alignfast.evaluation.shares import on_device
 from alignfast.geometry.config import GeometryConfig
 from alignfast.geometry.curvature import largest_eigenvalues, lipschitz
 from alignfast.geometry.field import Field, field_of, logits_of
@@ -237,8 +238,7 @@ def _frozen(model: Classifier, images: Tensor) -> Classifier:
 def _checked(batch: Batch, models: Mapping[str, nn.Module]) -> Batch:
     for name, model in models.items():
         check_labels(f"data's labels for {name}", batch.labels, len(batch.images), as_classifier(model).num_classes)
-    device = next((tensor.device for model in models.values() for tensor in model.parameters()), torch.device("cpu"))
-    return Batch(*(each.to(device) for each in batch))
+    return on_device(batch, nn.ModuleList(models.values()))
 
 
 def _check_classes(models: Mapping[str, Classifier], images: Tensor) -> None:

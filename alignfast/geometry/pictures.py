@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ from alignfast.evaluation.drawing import (
     Style,
     Styles,
     add_legend,
+    in_groups,
     legend_height,
     literal,
     new_figure,
@@ -28,7 +29,10 @@ from alignfast.evaluation.drawing import (
 from alignfast.evaluation.findings import change
 from alignfast.evaluation.statistics import bootstrap
 from alignfast.geometry.measures import MEASURES, PAIR_MEASURES
+from alignfast.geometry.points import last_step
 from alignfast.geometry.result import Difference, Estimate, Example, Floats, GeometryResult, Pixels, Surface
+
+EntryT = TypeVar("EntryT", Estimate, Difference)
 
 # What fits side by side, and on a printed page.
 _MAPS_A_LINE, _SURFACES, _EXAMPLES, _MARKS = 4, 3, 3, 48
@@ -61,8 +65,8 @@ def draw(result: GeometryResult, styles: Styles | None = None) -> Iterator[Drawi
         styles: of at least the models of the result, which are drawn in this order; those of `models_of` if None.
     """
     styles = styles or styles_of(models_of(result), baselines_of(result))
-    marks_an_other = max(1, len(_points(result)) * len(models_of(result)))
-    others = list(_in_groups(others_of(result), max(1, _MARKS // marks_an_other)))
+    marks_an_other = max(1, len(points_of(result)) * len(models_of(result)))
+    others = list(in_groups(others_of(result), max(1, _MARKS // marks_an_other)))
     subjects: dict[str, tuple[list[Figure | None], str]] = {
         "differences": (
             [differences(result, styles), *(pair_differences(result, styles, part) for part in others)],
@@ -89,13 +93,13 @@ def draw(result: GeometryResult, styles: Styles | None = None) -> Iterator[Drawi
             "mean over images, not the spread of the images.",
         ),
         "surfaces": (
-            [surfaces(result, styles, part) for part in _in_groups(result.surfaces, _SURFACES)],
+            [surfaces(result, styles, part) for part in in_groups(result.surfaces, _SURFACES)],
             "Loss of each model in one plane through an image: the direction of an attack to the right, a random "
             "direction of equal length upward. The panels of an image share axes, colours and levels; the circle is "
             "the clean image, the star the end of the attack.",
         ),
         "examples": (
-            [examples(result, styles, part) for part in _in_groups(result.examples, _EXAMPLES)],
+            [examples(result, styles, part) for part in in_groups(result.examples, _EXAMPLES)],
             "The images, what the attack on each model made of them, and below each what it changed, magnified about "
             "mid-grey by the factor at the left.",
         ),
@@ -125,10 +129,14 @@ def others_of(result: GeometryResult) -> tuple[str, ...]:
     return tuple(dict.fromkeys(estimate.other for estimate in result.estimates if estimate.other is not None))
 
 
+def points_of(result: GeometryResult) -> tuple[str, ...]:
+    """Names of the points in order of first appearance."""
+    return tuple(dict.fromkeys(estimate.point for estimate in result.estimates))
+
+
 def last_point(result: GeometryResult) -> str | None:
     """The point at the end of the attack; None where no attack was looked at."""
-    steps = [point for point in _points(result) if point.startswith("step ")]
-    return max(steps, key=lambda point: int(point.removeprefix("step ")), default=None)
+    return last_step(points_of(result))
 
 
 def estimates(result: GeometryResult, styles: Styles | None = None) -> Figure | None:
@@ -141,9 +149,7 @@ def pair_estimates(
     result: GeometryResult, styles: Styles | None = None, others: Sequence[str] | None = None
 ) -> Figure | None:
     """The same of the measures of two models, a line each point and other model; of all others if None."""
-    chosen = others_of(result) if others is None else others
-    entries = sorted((e for e in result.estimates if e.other in chosen), key=lambda e: chosen.index(e.other or ""))
-    marks = [_Mark.of(entry) for entry in entries]
+    marks = [_Mark.of(entry) for entry in _with(result.estimates, others_of(result) if others is None else others)]
     return _dots(marks, PAIR_MEASURES, _styles(result, styles), "model, with 95 % interval", columns=4)
 
 
@@ -158,8 +164,7 @@ def pair_differences(
 ) -> Figure | None:
     """The same of the measures of two models, a line each point and other model; of all others if None."""
     chosen = others_of(result) if others is None else others
-    entries = sorted((e for e in result.differences if e.other in chosen), key=lambda e: chosen.index(e.other or ""))
-    marks = [_Mark.of_difference(entry) for entry in entries]
+    marks = [_Mark.of_difference(entry) for entry in _with(result.differences, chosen)]
     return _dots(marks, PAIR_MEASURES, _styles(result, styles), _against(result), columns=4, zero=True)
 
 
@@ -330,6 +335,12 @@ class _Mark:
     def of_difference(cls, entry: Difference) -> _Mark:
         line, filled = _line(entry.point, entry.other), change(entry) in ("higher", "lower")
         return cls(entry.measure, line, entry.model, entry.difference, entry.low, entry.high, filled)
+
+
+def _with(entries: Iterable[EntryT], others: Sequence[str]) -> list[EntryT]:
+    """Those that were measured with one of `others`, in their order."""
+    chosen = [entry for entry in entries if entry.other in others]
+    return sorted(chosen, key=lambda entry: others.index(entry.other or ""))
 
 
 def _line(point: str, other: str | None) -> str:
@@ -593,15 +604,3 @@ def _shown(styles: Styles, names: Iterable[str]) -> list[str]:
     """Those of `names` that there are, in the order of the styles."""
     wanted = set(names)
     return [name for name in styles if name in wanted]
-
-
-def _points(result: GeometryResult) -> list[str]:
-    return list(dict.fromkeys(estimate.point for estimate in result.estimates))
-
-
-def _in_groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`items` in groups of at most `size`, of about equal length."""
-    if items:
-        size = math.ceil(len(items) / math.ceil(len(items) / size))
-        for start in range(0, len(items), size):
-            yield items[start : start + size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from alignfast.attacks import create
 from alignfast.draws import Draws
 from alignfast.models import Classifier
 
-CLEAN, RANDOM = "clean", "random"
+CLEAN, RANDOM, AFTER = "clean", "random", "step "
 # The step of a study's own draws, which no attack reaches.
 STEP = 2**31
 # What is drawn, each under slots of its own.
@@ -22,7 +22,13 @@ NOISE = 3
 
 def after(steps: int) -> str:
     """The name of the point after so many steps of the attack."""
-    return f"step {steps}"
+    return f"{AFTER}{steps}"
+
+
+def last_step(points: Iterable[str]) -> str | None:
+    """The point after the most steps of the attack; None where there is none."""
+    steps = {int(point.removeprefix(AFTER)): point for point in points if point.startswith(AFTER)}
+    return steps[max(steps)] if steps else None
 
 
 def draws_of(indices: Tensor, seed: int, copies: int = 1) -> Draws:

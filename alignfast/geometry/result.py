@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from alignfast.files import write_json, write_text
+from alignfast.files import read_json, write_json, write_text
 
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -223,12 +221,7 @@ class GeometryResult:
         Raises:
             ValueError: the file cannot be read, is not JSON, or is not a geometry.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"geometry: cannot read {path} ({error.strerror}); give a geometry.json") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"geometry: {path} is not JSON ({error}); give a geometry.json") from error
+        document = read_json("geometry", path)
         try:
             return cls.from_dict(document)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:

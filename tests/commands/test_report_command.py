@@ -44,7 +44,7 @@ def test_both_are_read_and_reported(inputs: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(("name", "title"), [("transfer", "Transfer of"), ("geometry", "Geometry of losses")])
 def test_one_of_the_two_is_enough(inputs: Path, name: str, title: str) -> None:
-    report_command(inputs / "out", **{name: inputs / name})  # type: ignore[arg-type]
+    report_command(inputs / "out", **{name: inputs / name})
     assert f"<h1>{title}" in (inputs / "out" / "report.html").read_text(encoding="utf-8")
 
 

@@ -136,7 +136,7 @@ def test_points_are_sorted_by_their_steps(page: Page) -> None:
 
 
 def test_nothing_is_wider_than_the_window(page: Page) -> None:
-    width = page.viewport_size["width"]  # type: ignore[index]
+    width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for box in page.locator(".scroll").all():
         edges = box.bounding_box()
@@ -146,7 +146,7 @@ def test_nothing_is_wider_than_the_window(page: Page) -> None:
 
 
 def test_every_picture_is_there(page: Page) -> None:
-    width = page.viewport_size["width"]  # type: ignore[index]
+    width = page.viewport_size["width"]
     pictures = page.locator("img")
     assert pictures.count() > 10
     for picture in pictures.all():
@@ -183,7 +183,7 @@ def test_without_scripts_everything_is_there(browser: Browser, report: Path) -> 
 def test_dark_and_light_have_their_own_paper(browser: Browser, report: Path) -> None:
     shades = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme, offline=True)  # type: ignore[arg-type]
+        context = browser.new_context(color_scheme=scheme, offline=True)
         opened = context.new_page()
         opened.goto(report.as_uri())
         shades[scheme] = [

@@ -118,7 +118,7 @@ def test_the_curvature_is_that_of_the_dense_hessian(result: GeometryResult, mode
         def loss(flat: Tensor, row: int = row) -> Tensor:
             return nn.functional.cross_entropy(
                 model.module((flat.view(1, 3, 2, 2) - 0.5) / 0.25), labels[row : row + 1]
-            )  # type: ignore[union-attr,operator]
+            )
 
         dense = torch.autograd.functional.hessian(loss, images[row].flatten()).double()
         largest = float(torch.linalg.eigvalsh(dense)[-1])
@@ -245,7 +245,7 @@ def test_files_of_another_kind_are_refused(text: str, tmp_path: Any) -> None:
 def test_nan_is_left_out_of_the_mean() -> None:
     """A network that gives the same logits everywhere has no gradient, and no cosine."""
     flat = network(0)
-    flat.module[3].weight.data.zero_()  # type: ignore[index,union-attr,operator]
+    flat.module[3].weight.data.zero_()
     found = geometry({"flat": flat}, batches(), CONFIG, others={"other": network(1)})
     cosine = found.estimate("flat", "gradient_cosine", "clean", "other")
     assert (math.isnan(cosine.mean), cosine.n) == (True, 0)

@@ -139,7 +139,7 @@ def test_histograms_count_every_image_on_the_same_bins() -> None:
         (np.zeros(5), "linear"),
     ],
 )
-def test_the_scale_follows_the_range(values: np.ndarray, scale: str) -> None:  # type: ignore[type-arg]
+def test_the_scale_follows_the_range(values: np.ndarray, scale: str) -> None:
     rows = (Row("a", None, "clean", "curvature", values),)
     figure = drawn(curvature(GeometryResult(rows, np.arange(len(values)), means(rows, 10, 0), ())))
     (axes,) = figure.axes
@@ -238,7 +238,7 @@ def test_the_scatter_sets_transfer_against_the_cosine() -> None:
 def test_names_at_the_scatter_do_not_cover_one_another() -> None:
     figure = drawn(cosine_and_transfer(build(others=[f"timm:resnet{k}.a1_in1k_and_more" for k in range(9)], n=20)))
     figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer = figure.canvas.get_renderer()
     # Without the lines to their points.
     boxes = sorted((Text.get_window_extent(text, renderer) for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert all(lower.y1 <= upper.y0 + 1 for lower, upper in pairwise(boxes))
