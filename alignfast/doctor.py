@@ -192,6 +192,44 @@ def _check_smooth(device: str) -> None:
     _compare("smoothed", ops.smooth(grad.to(device), kernel.to(device)), wanted, 1e-5)
 
 
+def _check_depthwise_conv2d(device: str) -> None:
+    """Result and gradients against torch's own in float64, of eighths, whose sums are exact in TF32 too."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 3, 7, 6), (3, 1, 3, 3), (3,), (2, 3, 4, 6))
+    *inputs, incoming = (torch.randint(-16, 17, shape, generator=generator) / 8 for shape in shapes)
+    given = [tensor.to(device).requires_grad_() for tensor in inputs]
+    unit: dict[str, Any] = {"before": (-1.0, 1.0), "after": (-1.0, 1.0)}
+    result = ops.depthwise_conv2d(*given, stride=(2, 1), padding=(1, 1, 1, 1), **unit)
+    images, weight, bias = expected = [tensor.double().requires_grad_() for tensor in inputs]
+    clip = torch.nn.functional.hardtanh
+    wanted = clip(torch.nn.functional.conv2d(clip(images), weight, bias, stride=(2, 1), padding=1, groups=3))
+    _compare("result", result.detach(), wanted.detach(), 1e-5)
+    gradients = torch.autograd.grad(result, given, incoming.to(device))
+    wanted_gradients = torch.autograd.grad(wanted, expected, incoming.double())
+    for name, one, other in zip(("images", "weight", "bias"), gradients, wanted_gradients, strict=True):
+        _compare(f"gradient of {name}", one, other, 1e-5)
+
+
+def _check_batch_norm(device: str) -> None:
+    """Result, statistics and gradients against the formula in float64."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((4, 5, 3, 3), (5,), (5,), (4, 5, 3, 3))
+    *inputs, incoming = (torch.randint(-16, 17, shape, generator=generator) / 8 for shape in shapes)
+    given = [tensor.to(device).requires_grad_() for tensor in inputs]
+    result, mean, variance = ops.batch_norm(*given, clip=(-1.0, 1.0))
+    images, weight, bias = expected = [tensor.double().requires_grad_() for tensor in inputs]
+    means, variances = images.mean((0, 2, 3)), images.var((0, 2, 3), correction=0)
+    normalised = (images - means.view(1, 5, 1, 1)) / (variances + 1e-5).sqrt().view(1, 5, 1, 1)
+    scaled = normalised * weight.view(1, 5, 1, 1) + bias.view(1, 5, 1, 1)
+    wanted = torch.nn.functional.hardtanh(scaled)
+    for name, one, other in (("result", result, wanted), ("mean", mean, means), ("variance", variance, variances)):
+        _compare(name, one.detach(), other.detach(), 1e-5)
+    gradients = torch.autograd.grad(result, given, incoming.to(device))
+    wanted_gradients = torch.autograd.grad(wanted, expected, incoming.double())
+    for name, one, other in zip(("images", "weight", "bias"), gradients, wanted_gradients, strict=True):
+        _compare(f"gradient of {name}", one, other, 1e-4)
+
+
 def _check_philox_uniform(device: str) -> None:
     """The authors' known answer, then Philox in Python's own integers where every field of counter and key counts."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -227,6 +265,8 @@ SELF_TESTS: dict[str, Callable[[str], None]] = {
     "diversify": _check_diversify,
     "sign_step": _check_sign_step,
     "smooth": _check_smooth,
+    "depthwise_conv2d": _check_depthwise_conv2d,
+    "batch_norm": _check_batch_norm,
     "philox_uniform": _check_philox_uniform,
 }
 

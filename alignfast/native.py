@@ -93,3 +93,5 @@ load()
 CUDA_BACKEND = choose(os.environ.get(FORCED))
 # Devices with kernels of their own; elsewhere the reference serves.
 NATIVE_DEVICES = frozenset({"cpu"} if CUDA_BACKEND.name == "reference" else {"cpu", "cuda"})
+# And those of the ops that are for the CPU alone, as others have libraries for what these do.
+CPU_DEVICES = frozenset({"cpu"})

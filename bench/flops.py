@@ -1,4 +1,7 @@
-"""Floating-point operations of a model's passes, counted by torch, with its error about groups put right."""
+"""Floating-point operations of a model's passes, counted by torch, with its error about groups put right.
+
+Importing this tells torch's counters about this package's convolutions too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import alignfast.ops  # noqa: F401  (Its operators are named below.)
 
 KINDS = ("forward", "input gradient", "training")
 Sizes = list[int]
@@ -51,9 +56,27 @@ def convolution_backward(
     channels of `images` and of `grad`, as if every one met every other: too many by a factor of `groups`, which for a
     depthwise convolution is the number of channels.
     """
-    positions = images if transposed else grad
-    forward = 2 * positions[0] * prod(positions[2:]) * prod(weight)
-    return forward * (wanted[0] + wanted[1])
+    return _meetings(images if transposed else grad, weight) * (wanted[0] + wanted[1])
+
+
+@register_flop_formula(torch.ops.alignfast.depthwise_conv2d)
+def depthwise_conv2d(images: Sizes, weight: Sizes, *others: Any, out_shape: Sizes, **named: Any) -> int:
+    """Each weight meets each position of the result, as in both gradients."""
+    return _meetings(out_shape, weight)
+
+
+@register_flop_formula(torch.ops.alignfast.depthwise_conv2d_backward)
+def depthwise_conv2d_backward(grad: Sizes, weight: Sizes, *others: Any, **named: Any) -> int:
+    return _meetings(grad, weight)
+
+
+@register_flop_formula(torch.ops.alignfast.depthwise_conv2d_weight)
+def depthwise_conv2d_weight(grad: Sizes, images: Sizes, *others: Any, out_shape: Sizes, **named: Any) -> int:
+    return _meetings(grad, out_shape)
+
+
+def _meetings(images: Sizes, weight: Sizes) -> int:
+    return 2 * images[0] * prod(images[2:]) * prod(weight)
 
 
 CORRECTED = {torch.ops.aten.convolution_backward: convolution_backward}

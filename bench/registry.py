@@ -28,8 +28,10 @@ FLOATS = ("fp32", "bf16")
 IMAGES: tuple[Shape, ...] = ((8, 3, 224, 224), (32, 3, 224, 224), (128, 3, 224, 224))
 # 21,841 classes are those of ImageNet-21k.
 LOGITS: tuple[Shape, ...] = ((128, 1000), (1024, 1000), (256, 21841))
+# Between two layers of an EfficientNet-Lite2.
+ACTIVATIONS: Shape = (8, 144, 56, 56)
 # Those of the ops' shapes that `make bench` measures.
-USUAL_SHAPES = (IMAGES[1], LOGITS[1])
+USUAL_SHAPES = (IMAGES[1], LOGITS[1], ACTIVATIONS)
 SIDES: Shape = (3, 224, 224)
 CIFAR_SIDES: Shape = (3, 32, 32)
 # By network and dtype, how many times as fast as torchattacks on two CPU threads.
@@ -132,9 +134,10 @@ def _grid(
     shapes: Sequence[Shape],
     targets: Mapping[str, float],
     dtypes: Iterable[str] = FLOATS,
+    devices: Sequence[str] = DEVICES,
 ) -> list[Case]:
     return [
-        Case("ops", op, variant, dtype, shape, build, targets, extended=shape not in USUAL_SHAPES)
+        Case("ops", op, variant, dtype, shape, build, targets, devices, extended=shape not in USUAL_SHAPES)
         for variant, build in variants.items()
         for dtype in dtypes
         for shape in shapes
@@ -164,6 +167,21 @@ VIEWS = _both_ways(
         "noise 5 copies": {"radius": 1.5 * work.EPS, "copies": 5},
     }
 )
+
+
+def _convolutions() -> list[Case]:
+    return [
+        case
+        for way, gradient, speed in (("forward", "", 1.5), ("backward", "images", 1.1), ("weight", "weight", 1.0))
+        for name, side, stride in (("3x3", 3, 1), ("5x5 stride 2", 5, 2))
+        for case in _grid(
+            "depthwise_conv2d",
+            {f"{name} {way}": partial(work.depthwise_conv2d, side=side, stride=stride, gradient=gradient)},
+            [ACTIVATIONS],
+            {"eager": speed},
+            devices=["cpu"],
+        )
+    ]
 
 
 def _preparations() -> list[Case]:
@@ -296,6 +314,14 @@ OP_CASES: tuple[Case, ...] = (
     ),
     *_grid("sign_step", STEPS, IMAGES, {"eager": 5.0, "compiled": 2.5, "copy": 0.6}),
     *_grid("smooth", {"15x15": work.smooth}, IMAGES, {"eager": 3.0}),
+    *_convolutions(),
+    *_grid(
+        "batch_norm",
+        {way: partial(work.batch_norm, backward=way == "backward") for way in ("forward", "backward")},
+        [ACTIVATIONS],
+        {"eager": 1.3},
+        devices=["cpu"],
+    ),
     *_grid("diversify", VIEWS, IMAGES, {"eager": 5.0}),
     *_grid("philox_uniform", {"unit": work.philox_uniform}, IMAGES, {}, dtypes=["fp32"]),
 )

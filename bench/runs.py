@@ -17,6 +17,7 @@ from alignfast.alignment.loop import fit
 from alignfast.alignment.run import Run
 from alignfast.alignment.stream import Stream
 from alignfast.alignment.terms import terms_of
+from alignfast.alignment.training_kernels import trained_by_kernels
 from alignfast.alignment.witnesses import Witnesses
 from alignfast.attacks import Attack, create
 from alignfast.compat.normalised import Normalised
@@ -300,12 +301,17 @@ class AlignmentRun:
         return [(images, torch.zeros(len(images), dtype=torch.int64, device=self.device))] * self.steps
 
     @cached_property
+    def _open(self) -> ExitStack:
+        """What students are trained in, for as long as the run lives."""
+        return ExitStack()
+
+    @cached_property
     def _config(self) -> AlignConfig:
         return AlignConfig(temperature=TEMPERATURE, precision=PRECISIONS[self.dtype], channels_last=True)
 
     def _ours(self) -> Callable[[], None]:
-        student, batches, stack = self._student(), list(as_batches(self._batches)), ExitStack()
-        terms = stack.enter_context(terms_of(student, [self._models[1]], self._config, batches[0].images))
+        student, batches = self._student(), list(as_batches(self._batches))
+        terms = self._open.enter_context(terms_of(student, [self._models[1]], self._config, batches[0].images))
         run = Run(terms, Stream(self._batches), self._config, MANY_STEPS, [self._models[1]], ())
 
         def call() -> None:
@@ -338,6 +344,7 @@ class AlignmentRun:
         """A copy of the source as it is trained."""
         student = copy.deepcopy(self._models[0]).train().to(memory_format=torch.channels_last)
         student.memory_format = torch.channels_last
+        self._open.enter_context(trained_by_kernels(student, half=self.dtype != torch.float32))
         return student
 
     def _autocast(self) -> torch.autocast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,105 @@ def smooth(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         device=device,
         # Compiled it is channels-last, for which torch 2.14 has no bfloat16 kernel worth the name on a CPU.
         compiles=device.type != "cpu" or dtype != torch.bfloat16,
+    )
+
+
+def depthwise_conv2d(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, side: int, stride: int, gradient: str = ""
+) -> Work:
+    """Of channels-last images, between the two ReLU6 of an inverted residual; or the gradient of its images or weight.
+
+    Reads the images and writes the result. The gradient of the "images" reads those and the result again, and the
+    gradient of the result, and writes one. That of the "weight" is without the ReLU6, as in training, and reads images
+    and the gradient of the result. The weight's few numbers are not counted.
+    """
+
+    def eighths(shape: tuple[int, ...], seed: int, low: float, high: float) -> Tensor:
+        return (8 * uniform(shape, seed, low, high, device=device)).floor() / 8
+
+    def rectified(values: Tensor) -> Tensor:
+        return values if gradient == "weight" else F.relu6(values)
+
+    def convolved(images: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(rectified(images), weight, bias.to(weight.dtype), stride, side // 2, groups=shape[1])
+
+    def chain(images: Tensor, weight: Tensor) -> Tensor:
+        return rectified(convolved(images, weight))
+
+    def precise(images: Tensor, weight: Tensor) -> Tensor:
+        result = convolved(images, weight)
+        # Whether a gradient passes a ReLU6 is seen from what was stored.
+        return rectified(result + (result.to(dtype).float() - result).detach())
+
+    # Sums of these are exact in any order, and none is a bound of a ReLU6, where a rounding would let a gradient pass.
+    images = eighths(shape, 1, -2.0, 8.0).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = eighths((shape[1], 1, side, side), 2, -1.0, 1.0).to(dtype)
+    bias = (eighths(shape[1:2], 3, -1.0, 1.0) + 1 / 128).to(dtype)
+    sides = [(size + 2 * (side // 2) - side) // stride + 1 for size in shape[2:]]
+    incoming = normal((*shape[:2], *sides), 4, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    settings: dict[str, Any] = {"bias": bias, "stride": (stride, stride), "padding": (side // 2,) * 4}
+    if gradient != "weight":
+        settings |= {"before": (0.0, 6.0), "after": (0.0, 6.0)}
+
+    def bind(
+        expression: Expression, images: Tensor = images, weight: Tensor = weight, incoming: Tensor = incoming
+    ) -> Run:
+        if not gradient:
+            return lambda: (expression(images, weight),)
+        given = {"images": images, "weight": weight}
+        leaf = given[gradient] = given[gradient].detach().requires_grad_()
+        result = cache(lambda: expression(**given))
+        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+
+    moved = images.nbytes + incoming.nbytes
+    return Work(
+        ours=bind(partial(ops.depthwise_conv2d, **settings)),
+        expression=chain,
+        bind=bind,
+        expected=lambda: bind(precise, images.float(), weight.float(), incoming.float())(),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=2 * moved if gradient == "images" else moved,
+        device=device,
+    )
+
+
+def batch_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, backward: bool) -> Work:
+    """Of channels-last images, with the ReLU6 behind it; reads them and writes the result. The gradient reads them and
+    the gradient of the result, and writes one. What is of a channel is not counted."""
+
+    def chain(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu6(F.batch_norm(images, None, None, weight, bias, training=True))
+
+    def precise(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        result = F.batch_norm(images, None, None, weight, bias, training=True)
+        # Whether a gradient passes a ReLU6 is seen from what was stored.
+        return F.relu6(result + (result.to(dtype).double() - result).detach())
+
+    images, incoming = (
+        normal(shape, seed, device=device).to(dtype).contiguous(memory_format=torch.channels_last) for seed in (1, 2)
+    )
+    channels = (uniform(shape[1:2], 3, 0.5, 1.5, device=device), normal(shape[1:2], 4, device=device))
+
+    def ours(*given: Tensor) -> Tensor:
+        return ops.batch_norm(*given, clip=(0.0, 6.0))[0]
+
+    def bind(expression: Expression, given: Tensors = (images, *channels), incoming: Tensor = incoming) -> Run:
+        if not backward:
+            return lambda: (expression(*given),)
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in given)
+        result = cache(lambda: expression(*leaves))
+        return lambda: torch.autograd.grad(result(), leaves, incoming, retain_graph=True)
+
+    return Work(
+        ours=bind(ours),
+        expression=chain,
+        bind=bind,
+        expected=lambda: bind(precise, tuple(one.double() for one in (images, *channels)), incoming.double())(),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=(3 if backward else 2) * images.nbytes,
+        device=device,
     )
 
 

@@ -18,6 +18,19 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
   m.def(
       "sign_step(Tensor(a!) adv, Tensor images, Tensor grad, Tensor(b!)? momentum, float alpha, float eps, "
       "float decay, float low, float high, str norm) -> ()");
+  m.def(
+      "batch_norm(Tensor images, Tensor weight, Tensor bias, float eps, float low, float high) "
+      "-> (Tensor result, Tensor mean, Tensor variance)");
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor images, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
+      "float eps, float low, float high) -> (Tensor images, Tensor weight, Tensor bias)");
+  m.def(
+      "depthwise_conv2d(Tensor images, Tensor weight, Tensor? bias, int[] stride, int[] padding, float low_before, "
+      "float high_before, float low_after, float high_after) -> Tensor");
+  m.def(
+      "depthwise_conv2d_backward(Tensor grad, Tensor weight, Tensor? images, Tensor? result, int[] size, int[] stride, "
+      "int[] padding, float low_before, float high_before, float low_after, float high_after) -> Tensor");
+  m.def("depthwise_conv2d_weight(Tensor grad, Tensor images, int[] size, int[] stride, int[] padding) -> Tensor");
   m.def("smooth(Tensor grad, Tensor kernel) -> Tensor");
   m.def("smooth_backward(Tensor grad, Tensor kernel) -> Tensor");
   m.def(

@@ -29,6 +29,7 @@ from alignfast.alignment.run import Run, share_buffers
 from alignfast.alignment.snapshots import Snapshots
 from alignfast.alignment.stream import Stream, keeping_generators
 from alignfast.alignment.terms import Perturb, terms_of
+from alignfast.alignment.training_kernels import trained_by_kernels
 from alignfast.checks import check_images, check_labels
 from alignfast.data import Batch, Loader, as_batches
 from alignfast.data.loading import is_stream
@@ -305,11 +306,12 @@ def _training(model: Classifier, config: AlignConfig) -> Iterator[None]:
     """Training mode and the layout of the run, with batch-norm layers in evaluation mode where their statistics are
     frozen."""
     layout = model.memory_format
-    with keeping_modes(model):
+    with keeping_modes(model), ExitStack() as stack:
         model.train()
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
             model.memory_format = torch.channels_last
+            stack.enter_context(trained_by_kernels(model, half=config.precision != "fp32"))
         if config.batch_norm == "freeze":
             for module in model.modules():
                 if isinstance(module, _BatchNorm):

@@ -13,7 +13,7 @@ from alignfast.alignment.cache import WitnessCache
 from alignfast.checks import check_choice
 from alignfast.models import Classifier, fit_size
 from alignfast.models.folding import folded
-from alignfast.models.preparation import DTYPES, form_in, shaped
+from alignfast.models.preparation import DTYPES, chains_in, form_in, shaped
 
 
 class Witnesses:
@@ -84,5 +84,8 @@ class Witnesses:
 
 
 def _ready(model: Classifier, dtype: torch.dtype, example: Tensor | None) -> Classifier:
-    frozen = copy.deepcopy(model).eval().requires_grad_(False) if example is None else folded(model, example)
-    return shaped(frozen, form_in(frozen, dtype))
+    if example is None:
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        return shaped(frozen, form_in(frozen, dtype), [])
+    frozen = folded(model, example)
+    return shaped(frozen, form_in(frozen, dtype), chains_in(frozen, example))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,11 +13,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
-from alignfast.models.classifier import Classifier, evaluating, fit_size
+from alignfast.models.classifier import Classifier, fit_size
+from alignfast.models.dataflow import followed, has_hooks, paths_of
 
 # No subclasses: others, such as weight-standardised convolutions, make something else of their weights.
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2dSame)
@@ -97,100 +94,23 @@ def _failure(candidate: Classifier, images: Tensor, wanted: Tensor) -> str | Non
     return None if change <= tolerance * largest else f"its logits change by {change:.3g}, of {largest:.3g} at most"
 
 
-class _Watched:
-    """What is seen of a layer and of what it returned."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.norms: list[nn.Module] = []
-        self.used_elsewhere = False
-
-
-class _Uses(TorchDispatchMode):
-    """Sees every operation on what the watched layers returned."""
-
-    def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)
-        # Weak, so that the pass needs no more memory than any other.
-        self.returned = WeakIdKeyDictionary()
-        self.entered: Tensor | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, Tensor) and value is not self.entered and value in self.returned:
-                self.returned[value].used_elsewhere = True
-        return func(*args, **(kwargs or {}))
-
-
 def _pairs(module: nn.Module, run: Callable[[], Any]) -> list[tuple[nn.Module, nn.Module, str]]:
     """Each layer with the normalisation behind it and that one's path in `module`."""
-    paths = _paths(module)
-    layers = {part: _Watched() for part in paths if _is_layer(part)}
-    norms = {part: 0 for part in paths if _is_norm(part)}
-    uses = _Uses()
-
-    def after_layer(layer: nn.Module, inputs: Any, output: Any) -> None:
-        layers[layer].calls += 1
-        if isinstance(output, Tensor) and output.ndim == _weight(layer).ndim:
-            uses.returned[output] = layers[layer]
-
-    def before_norm(norm: nn.Module, inputs: Any) -> None:
-        norms[norm] += 1
-        uses.entered = inputs[0] if inputs else None
-        if uses.entered is not None and uses.entered in uses.returned:
-            uses.returned[uses.entered].norms.append(norm)
-
-    def after_norm(norm: nn.Module, inputs: Any, output: Any) -> None:
-        uses.entered = None
-
-    with evaluating(module), torch.no_grad(), _hooked(layers, norms, after_layer, before_norm, after_norm), uses:
-        result = run()
-        # What is still there was returned or put somewhere.
-        for watched in uses.returned.values():
-            watched.used_elsewhere = True
-        del result
+    paths = paths_of(module)
     return [
-        (layer, watched.norms[0], paths[watched.norms[0]][0])
-        for layer, watched in layers.items()
-        if watched.calls == len(watched.norms) == 1
-        and not watched.used_elsewhere
-        and norms[watched.norms[0]] == len(paths[watched.norms[0]]) == 1
-        and _fits(layer, watched.norms[0])
+        (one.layer, one.follower, paths[one.follower][0])
+        for one in followed(module, run, _is_layer, _is_norm)
+        if len(one.shape) == _weight(one.layer).ndim and _fits(one.layer, one.follower)
     ]
 
 
-@contextmanager
-def _hooked(layers: Any, norms: Any, after_layer: Any, before_norm: Any, after_norm: Any) -> Iterator[None]:
-    handles = [layer.register_forward_hook(after_layer) for layer in layers]
-    handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
-    handles += [norm.register_forward_hook(after_norm) for norm in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _paths(module: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every name of every part."""
-    paths: dict[nn.Module, list[str]] = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        paths.setdefault(part, []).append(name)
-    return paths
-
-
 def _is_layer(part: nn.Module) -> bool:
-    return type(part) in LAYERS and "weight" in part._parameters and not _has_hooks(part)
+    return type(part) in LAYERS and "weight" in part._parameters and not has_hooks(part)
 
 
 def _is_norm(part: nn.Module) -> bool:
     statistics = (getattr(part, "running_mean", None), getattr(part, "running_var", None))
-    return type(part) in NORMS and None not in statistics and not _has_hooks(part)
-
-
-def _has_hooks(part: nn.Module) -> bool:
-    """They may read or change what folding changes."""
-    return bool(part._forward_hooks or part._forward_pre_hooks)
+    return type(part) in NORMS and None not in statistics and not has_hooks(part)
 
 
 def _weight(layer: nn.Module) -> Tensor:

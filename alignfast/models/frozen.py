@@ -19,8 +19,8 @@ def keep_less(module: nn.Module) -> None:
     Subclasses, layers with hooks and padding other than by zeros are left alone.
     """
     for name, part in list(module.named_modules()):
-        if name and (kind := KEEP_LESS.get(type(part))) is not None and _is_plain(part):
-            module.set_submodule(name, _as(kind, part), strict=True)
+        if name and (kind := KEEP_LESS.get(type(part))) is not None and is_plain(part):
+            module.set_submodule(name, reclassed(kind, part), strict=True)
 
 
 class _Convolution(Function):
@@ -99,7 +99,7 @@ class FrozenConv2dSame(Conv2dSame):
 
 class ReLU6InPlace(nn.ReLU6):
     def forward(self, input: Tensor) -> Tensor:
-        return _applied(_Clip, input)
+        return relu6_in_place(input)
 
 
 KEEP_LESS: dict[type[nn.Module], type[nn.Module]] = {
@@ -114,12 +114,17 @@ def _convolved(images: Tensor, layer: nn.Conv2d, padding: Any, weight: Tensor | 
     return _applied(_Convolution, images, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
+def relu6_in_place(rows: Tensor) -> Tensor:
+    return _applied(_Clip, rows)
+
+
 def _applied(function: type[Function], *arguments: Any) -> Tensor:
     result: Tensor = function.apply(*arguments)
     return result
 
 
-def _is_plain(part: nn.Module) -> bool:
+def is_plain(part: nn.Module) -> bool:
+    """Without hooks or further behaviour, its weights frozen and its padding, if any, of zeros."""
     if part._forward_hooks or part._forward_pre_hooks:
         return False
     if isinstance(part, nn.Conv2d):
@@ -128,7 +133,7 @@ def _is_plain(part: nn.Module) -> bool:
     return not isinstance(part, nn.ReLU6) or part.inplace
 
 
-def _as(kind: type[nn.Module], part: nn.Module) -> nn.Module:
+def reclassed(kind: type[nn.Module], part: nn.Module) -> Any:
     """The same object in all but its class: `kind` adds nothing to what it holds."""
     other = kind.__new__(kind)
     other.__dict__.update(part.__dict__)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from alignfast.checks import check_choice, check_images
 from alignfast.models.checkpoint import fingerprint
-from alignfast.models.classifier import Classifier, as_classifier, evaluating
+from alignfast.models.classifier import Classifier, as_classifier, evaluating, fit_size
+from alignfast.models.depthwise import Chain, chains_of, use_kernel
 from alignfast.models.ensemble import Ensemble
 from alignfast.models.folding import folded
 from alignfast.models.frozen import keep_less
+from alignfast.native import CPU_DEVICES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -142,13 +144,15 @@ def prepare(
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     with _refusing(name, images.device):
         base = _base(source, images[:FEWEST_SHOWN])
+        chains = chains_in(base, images)
     if name == "auto":
         key = (fingerprint(source), tuple(images.shape), str(images.device), torch.get_num_threads(), compiled)
         if key not in _CHOSEN:
             shown = images if compiled else images[:MOST_SHOWN]
-            _CHOSEN[key] = _measured(source, base, _forms(base, dtypes, compiled), shown)
+            _CHOSEN[key] = _measured(source, base, chains, _forms(base, dtypes, compiled), shown)
         chosen = _CHOSEN[key]
-    prepared = shaped(base, chosen.form if chosen else replace(form_in(base, dtypes[0]), compiled=compiled))
+    form = chosen.form if chosen else replace(form_in(base, dtypes[0]), compiled=compiled)
+    prepared = shaped(base, form, chains)
     if name != "auto":
         _pass(prepared, images if compiled else images[:1], name)
     prepared.preparation = chosen or prepared.preparation
@@ -166,8 +170,15 @@ def _together(source: Ensemble, members: Sequence[Classifier]) -> Ensemble:
 _CHOSEN: dict[Hashable, Preparation] = {}
 
 
-def shaped(model: Classifier, form: Form) -> Classifier:
-    """A copy of a frozen model that computes in this form."""
+def chains_in(model: Classifier, images: Tensor) -> list[Chain]:
+    """What of a model the kernel of depthwise convolutions can do at once, which is on CPUs only."""
+    if type(model) is not Classifier or images.device.type not in CPU_DEVICES:
+        return []
+    return chains_of(model.module, lambda: model.logits(fit_size(images[:1], model)))
+
+
+def shaped(model: Classifier, form: Form, chains: Sequence[Chain]) -> Classifier:
+    """A copy of a frozen model that computes in this form. chains: those in it, by `chains_in`."""
     result = copy.deepcopy(model)
     result.compute_in(form.dtype)
     for member in result.members:
@@ -177,6 +188,8 @@ def shaped(model: Classifier, form: Form) -> Classifier:
         member.memory_format = layout
         for part in _attentions(member):
             setattr(part, FUSED, form.fused_attention)
+        if flat and next(member.parameters()).device.type in CPU_DEVICES:
+            use_kernel(member.module, chains)
         keep_less(member.module)
         if form.compiled:
             member.module.compile(dynamic=False)
@@ -203,13 +216,15 @@ def _forms(base: Classifier, dtypes: Sequence[torch.dtype], compiled: bool) -> l
     return [Form(*parts) for parts in product(dtypes, layouts, attentions, (False, True) if compiled else (False,))]
 
 
-def _measured(source: Classifier, base: Classifier, forms: Sequence[Form], images: Tensor) -> Preparation:
+def _measured(
+    source: Classifier, base: Classifier, chains: Sequence[Chain], forms: Sequence[Form], images: Tensor
+) -> Preparation:
     plain = copy.deepcopy(source).eval().requires_grad_(False)
     wanted = _pass(plain, images, "fp32")
     racing: dict[Form, Classifier] = {}
     trials: dict[Form, Trial] = {}
     for form in forms:
-        candidate = shaped(base, form)
+        candidate = shaped(base, form, chains)
         try:
             found = _pass(candidate, images, "auto")
         except ValueError as error:

@@ -1,5 +1,7 @@
-"""The five ops an attack and an alignment are made of."""
+"""The ops that attacks, models and alignment are made of."""
 
+from alignfast.ops.batch_norm import batch_norm
+from alignfast.ops.depthwise_conv2d import depthwise_conv2d
 from alignfast.ops.diversify import Mixing, Noise, ResizePad, diversify
 from alignfast.ops.kl_div_with_logits import kl_div_with_logits
 from alignfast.ops.philox_uniform import philox_uniform
@@ -10,6 +12,8 @@ __all__ = [
     "Mixing",
     "Noise",
     "ResizePad",
+    "batch_norm",
+    "depthwise_conv2d",
     "diversify",
     "kl_div_with_logits",
     "philox_uniform",

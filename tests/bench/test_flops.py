@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+from torch.utils.flop_counter import FlopCounterMode
 
-from alignfast.bench.flops import count_flops
+from alignfast import ops
+from alignfast.bench.flops import CORRECTED, count_flops
 from alignfast.bench.networks import CIFAR_RESNET20, flops_of
 
 # 2 images of 8 channels and 6 x 6 pixels. A 3 x 3 convolution with margins has 36 places in each, at stride 2 only 9.
@@ -41,6 +46,28 @@ def test_both_gradients_are_counted_in_the_middle_of_a_network() -> None:
     images = torch.zeros(IMAGES)
     assert count_flops(network, images, "training") == 2 * before + 3 * depthwise
     assert count_flops(network, images, "input gradient") == 2 * (before + depthwise)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
+@pytest.mark.parametrize("leaves", ["", "images", "weight", "images weight"])
+def test_the_depthwise_op_counts_as_the_grouped_convolution(leaves: str, stride: int, padding: int) -> None:
+    """By torch's own counter, the forward pass by torch's own formula."""
+
+    def counted(run: Callable[[Tensor, Tensor], Tensor]) -> int:
+        images, weight = torch.zeros(IMAGES), torch.zeros(8, 1, 3, 3)
+        for name, tensor in (("images", images), ("weight", weight)):
+            tensor.requires_grad_(name in leaves)
+        with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+            result = run(images, weight)
+            if leaves:
+                result.sum().backward()
+        flops: int = counter.get_total_flops()
+        return flops
+
+    strides, around = (stride, stride), (padding,) * 4
+    wanted = counted(lambda images, weight: conv2d(images, weight, None, stride, padding, groups=8))
+    assert wanted == (1 + len(leaves.split())) * 2 * 2 * {1: 36, 2: 4}[stride] * 8 * 9
+    assert counted(lambda *given: ops.depthwise_conv2d(*given, stride=strides, padding=around)) == wanted
 
 
 def test_training_of_a_network_with_depthwise_layers_is_three_forward_passes() -> None:

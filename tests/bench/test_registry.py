@@ -22,6 +22,15 @@ BYTES = {
     ("sign_step", "plain", "bf16"): 4 * 1536 * 2,
     ("smooth", "15x15", "fp32"): 2 * 1536 * 4,
     ("smooth", "15x15", "bf16"): 2 * 1536 * 2,
+    # Images in and the result out, a quarter of them at stride 2; gradients read one more of each.
+    ("depthwise_conv2d", "3x3 forward", "fp32"): 2 * 1536 * 4,
+    ("depthwise_conv2d", "3x3 backward", "bf16"): 4 * 1536 * 2,
+    ("depthwise_conv2d", "5x5 stride 2 forward", "bf16"): (1536 + 384) * 2,
+    ("depthwise_conv2d", "5x5 stride 2 backward", "fp32"): 2 * (1536 + 384) * 4,
+    # The weight itself is not counted.
+    ("depthwise_conv2d", "5x5 stride 2 weight", "fp32"): (1536 + 384) * 4,
+    ("batch_norm", "forward", "fp32"): 2 * 1536 * 4,
+    ("batch_norm", "backward", "bf16"): 3 * 1536 * 2,
     # Images are float32 on one side, and a batch of any dtype is on the other.
     ("diversify", "enlarge forward", "fp32"): 2 * 1536 * 4,
     ("diversify", "enlarge forward", "bf16"): 1536 * (4 + 2),
@@ -130,7 +139,9 @@ def test_the_dtype_is_that_of_the_op(case: Case) -> None:
     wanted = DTYPES[case.dtype]
     if case.subject == "kl_div_with_logits":
         assert [result.dtype for result in results] == [torch.float32, wanted]
-    elif "backward" in case.variant:
+    elif case.subject == "batch_norm":
+        assert [result.dtype for result in results] == [wanted, torch.float32, torch.float32][: len(results)]
+    elif case.subject == "diversify" and "backward" in case.variant:
         assert [result.dtype for result in results] == [torch.float32]
     else:
         assert {result.dtype for result in results} == {wanted}
@@ -184,4 +195,5 @@ def test_selection() -> None:
     assert [case.shape[0] for case in select(match="mifgsm/resnet50", dtypes=["fp32"], smallest=True)] == [8, 4]
     usual = select(extended=False)
     assert {case.kind for case in usual if case.group == "ops"} == {case.kind for case in OP_CASES}
-    assert {case.shape for case in usual if case.group == "ops"} == {(32, 3, 224, 224), (1024, 1000)}
+    shapes = {case.shape for case in usual if case.group == "ops"}
+    assert shapes == {(32, 3, 224, 224), (1024, 1000), (8, 144, 56, 56)}

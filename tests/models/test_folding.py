@@ -151,7 +151,9 @@ def test_layers_that_are_not_plain_are_left() -> None:
     parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
     hooked = nn.Conv2d(3, 3, 3)
     hooked.register_forward_hook(lambda module, inputs, output: output * 2)
-    for conv in (Standardised(3, 3, 3), parametrized, hooked, nn.ConvTranspose2d(3, 3, 3)):
+    watched = nn.Conv2d(3, 3, 3)
+    watched.register_full_backward_hook(lambda module, given, made: None)
+    for conv in (Standardised(3, 3, 3), parametrized, hooked, watched, nn.ConvTranspose2d(3, 3, 3)):
         assert fold_batch_norm(trained(lambda conv=conv: Odd(straight, conv)), images()) == 0
     assert fold_batch_norm(trained(lambda: Odd(straight)), images()) == 1
     assert fold_batch_norm(trained(lambda: Odd(straight)).bfloat16(), images().bfloat16()) == 0

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from alignfast.models import frozen
-from alignfast.models.frozen import keep_less
+from alignfast.models.frozen import FrozenConv2d, is_plain, keep_less, reclassed
 from tests import cases
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
@@ -141,3 +141,18 @@ def test_what_has_further_behaviour_is_left_alone() -> None:
     before = [type(part) for part in parts]
     keep_less(parts)
     assert [type(part) for part in parts] == before
+
+
+def test_another_class_for_the_same_object() -> None:
+    layer = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False).eval()
+    other = reclassed(FrozenConv2d, layer)
+    assert type(layer) is nn.Conv2d
+    assert type(other) is FrozenConv2d
+    assert str(other) == str(layer).replace("Conv2d", "FrozenConv2d")
+    assert other.weight is layer.weight
+    assert not other.training
+    # Hooks of the one are hooks of the other.
+    assert is_plain(layer)
+    with other.register_forward_hook(lambda *given: None):
+        assert not is_plain(layer)
+    assert is_plain(layer)

@@ -8,6 +8,7 @@ Needs torch alone: the package is taken without its __init__, which would import
 
 import hashlib
 import json
+import math
 import os
 import sys
 import types
@@ -80,6 +81,30 @@ def smooth():
         yield label(shape, size, dtype, layout), with_gradient(ops.smooth(grad, kernel), grad)
 
 
+def depthwise_conv2d():
+    """Without the gradient of the bias, which is a sum by torch."""
+    convolutions = [((0, 3, 5, 5), 3, 1), ((1, 1, 1, 1), 1, 1), ((2, 15, 7, 5), 3, 2), ((3, 18, 5, 6), 2, 3)]
+    convolutions = [*product(convolutions, cases.DTYPES, cases.IMAGE_LAYOUTS)]
+    convolutions += product([((9, 33, 28, 31), 3, 1), ((17, 130, 9, 14), 5, 2)], cases.DTYPES, [cases.channels_last])
+    for ((shape, size, step), dtype, layout), clip in product(convolutions, [(-math.inf, math.inf), (-0.4, 0.7)]):
+        images = layout(cases.random(shape, 1, dtype, low=-1)).requires_grad_()
+        weight = cases.random((shape[1], 1, size, size), 2, dtype, low=-1).requires_grad_()
+        bias = cases.random(shape[1:2], 3, dtype, low=-1)
+        around = {"stride": (step, step), "padding": (size // 2, size // 2, 1, 0), "before": clip, "after": clip}
+        result = ops.depthwise_conv2d(images, weight, bias, **around)
+        yield label(shape, size, step, dtype, layout, clip), with_gradient(result, images, weight)
+
+
+def batch_norm():
+    shapes = [(2, 1, 3, 4), (1, 15, 2, 3), (3, 18, 5, 6), (2, 64, 3, 3), (9, 33, 28, 31), (40, 130, 14, 14)]
+    for shape, dtype, clip in product(shapes, cases.DTYPES, [(-math.inf, math.inf), (-0.4, 0.7)]):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        images = cases.random(shape, 1, dtype, low=-1).requires_grad_()
+        weight, bias = (cases.random(shape[1:2], seed, wide, low=-1).requires_grad_() for seed in (2, 3))
+        result, mean, variance = ops.batch_norm(images, weight, bias, clip=clip)
+        yield label(shape, dtype, clip), hash_of(mean, variance) + with_gradient(result, images, weight, bias)
+
+
 def kl_div_with_logits():
     options = [
         (direction, "batchmean", "mean", witnesses)
@@ -134,7 +159,7 @@ def parts_of(parts, images):
     return made
 
 
-OPS = [sign_step, philox_uniform, smooth, kl_div_with_logits, diversify]
+OPS = [sign_step, philox_uniform, smooth, depthwise_conv2d, batch_norm, kl_div_with_logits, diversify]
 
 
 def main():

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/batch_norm.h"
+#include "cpu/depthwise_conv2d.h"
 #include "cpu/diversify.h"
 #include "cpu/kl_div_with_logits.h"
 #include "cpu/philox_uniform.h"
@@ -155,6 +157,63 @@ void run_smooth(Dtype dtype, int64_t height, int64_t width, int64_t step, int64_
              std::to_string(stride));
 }
 
+// Forward, back to the images, and back to the weight, of three images of 7 x 9 pixels and a 3 x 3 kernel.
+void run_depthwise_conv2d(Dtype dtype, int64_t channels, int64_t stride) {
+  constexpr int64_t COUNT = 3, ROWS = 7, COLUMNS = 9, SIDE = 3;
+  const int64_t rows = (ROWS - 1) / stride + 1, columns = (COLUMNS - 1) / stride + 1;
+  const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  Buffer images(dtype, COUNT * ROWS * COLUMNS * channels, -1, 1, 1), weight(dtype, channels * SIDE * SIDE, -1, 1, 2);
+  Buffer bias(dtype, channels, -1, 1, 3), grad(dtype, COUNT * rows * columns * channels, -1, 1, 4);
+  Buffer result(dtype, COUNT * rows * columns * channels, 0, 1, 5);
+  Buffer for_images(dtype, COUNT * ROWS * COLUMNS * channels, 0, 1, 6);
+  Buffer for_weight(dtype, channels * SIDE * SIDE, 0, 1, 7);
+  Buffer packed(wide, channels * SIDE * SIDE, 0, 1, 8), sums(wide, 2 * channels * SIDE * SIDE, 0, 1, 9);
+  const Range range{-0.25, 0.5};
+  const DepthwiseKernel kernel{dtype, weight.data(), {SIDE * SIDE, SIDE, 1}, channels, SIDE, SIDE, stride, stride, 1,
+                               1};
+  AF_ISA::depthwise_pack(kernel, packed.data());
+  const DepthwisePass forward{kernel,        false,   images.data(), nullptr, range,   ROWS,        COLUMNS,
+                              result.data(), nullptr, range,         rows,    columns, bias.data(), 1};
+  const DepthwisePass back{kernel,        true,  grad.data(), result.data(), range,   rows, columns, for_images.data(),
+                           images.data(), range, ROWS,        COLUMNS,       nullptr, 0};
+  AF_ISA::depthwise_rows(forward, packed.data(), 1, COUNT * rows);
+  AF_ISA::depthwise_rows(back, packed.data(), 1, COUNT * ROWS);
+  const DepthwiseWeightPass of_weight{kernel, images.data(), ROWS, COLUMNS, grad.data(), rows, columns};
+  char* const second = static_cast<char*>(sums.data()) + channels * SIDE * SIDE * size_of(wide);
+  AF_ISA::depthwise_weight_sums(of_weight, 0, 1, 0, channels, sums.data());
+  AF_ISA::depthwise_weight_sums(of_weight, 1, COUNT, 0, channels, second);
+  AF_ISA::depthwise_weight(kernel, sums.data(), 2, for_weight.data());
+  Hash hash;
+  result.add_to(hash);
+  for_images.add_to(hash);
+  for_weight.add_to(hash);
+  hash.print(std::string("depthwise_conv2d ") + name_of(dtype) + " " + std::to_string(channels) + " " +
+             std::to_string(stride));
+}
+
+// The moments of some rows, the rows normalised by other ones, and both passes of the gradient.
+void run_batch_norm(Dtype dtype, int64_t channels, Range range) {
+  constexpr int64_t COUNT = 37;
+  const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  Buffer in(dtype, COUNT * channels, -1, 1, 1), grad(dtype, COUNT * channels, -1, 1, 2);
+  Buffer out(dtype, COUNT * channels, 0, 1, 3), for_in(dtype, COUNT * channels, 0, 1, 4);
+  Buffer scale(wide, channels, 0.5, 1.5, 5), shift(wide, channels, -1, 1, 6), mean(wide, channels, -1, 1, 7);
+  Buffer slope(wide, channels, -1, 1, 8), level(wide, channels, -1, 1, 9);
+  std::vector<double> moments(2 * channels), sums(2 * channels);
+  const BatchNormRows rows{dtype, in.data(), channels, scale.data(), shift.data(), range};
+  AF_ISA::batch_norm_moments(rows, 1, COUNT, moments.data());
+  AF_ISA::batch_norm_apply(rows, 1, COUNT, out.data());
+  AF_ISA::batch_norm_grad_sums(rows, grad.data(), mean.data(), 1, COUNT, sums.data());
+  AF_ISA::batch_norm_grad(rows, grad.data(), mean.data(), slope.data(), level.data(), 1, COUNT, for_in.data());
+  Hash hash;
+  for (const double value : moments) hash.add(value);
+  for (const double value : sums) hash.add(value);
+  out.add_to(hash);
+  for_in.add_to(hash);
+  hash.print(std::string("batch_norm ") + name_of(dtype) + " " + std::to_string(channels) +
+             (range.low == range.low ? " clipped" : ""));
+}
+
 constexpr double MEAN[] = {0.485, 0.456, 0.406, 0.5, 0.45}, STD[] = {0.229, 0.224, 0.225, 0.25, 0.2};
 // As it is, shrunk, shrunk to a point, enlarged, and shrunk in enlarged zeros.
 constexpr ResizePadPlace PLACES[] = {{0, 0, 0, 0}, {17, 1, 2, 21}, {1, 20, 0, 21}, {22, 1, 0, 24}, {9, 11, 3, 30}};
@@ -241,6 +300,10 @@ int main() {
     for (const int64_t width : {1, 5, 31, 100}) {
       for (const int64_t step : {1, 3}) run_smooth(dtype, 9, width, step, 1);
       run_smooth(dtype, 9, width, 1, 2);
+    }
+    for (const int64_t channels : {1, 15, 33, 130}) {
+      for (const int64_t stride : {1, 2, 4}) run_depthwise_conv2d(dtype, channels, stride);
+      for (const Range range : {EVERYTHING, Range{-0.25, 0.5}}) run_batch_norm(dtype, channels, range);
     }
     for (const Dtype other : DTYPES) {
       for (const int64_t channels : {1, 3, 5}) {

@@ -5,10 +5,22 @@ Needs counted_malloc.c, built and preloaded.
 
 import ctypes
 import json
+from functools import partial
 
 import torch
 
-from alignfast.ops import Mixing, Noise, ResizePad, diversify, kl_div_with_logits, philox_uniform, sign_step, smooth
+from alignfast.ops import (
+    Mixing,
+    Noise,
+    ResizePad,
+    batch_norm,
+    depthwise_conv2d,
+    diversify,
+    kl_div_with_logits,
+    philox_uniform,
+    sign_step,
+    smooth,
+)
 
 THREADS = 2
 COUNTED = ctypes.CDLL(None)
@@ -87,11 +99,30 @@ def images_ops(dtype):
         yield f"diversify {layout} backward", adjoint(batches(leaf, dtype, layout)[0], leaf)
 
 
+def convolutions(dtype):
+    images = torch.randn(16, 144, 56, 56).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(144, 1, 3, 3).to(dtype), torch.randn(144).to(dtype)
+    for stride in (1, 2):
+        convolved = partial(depthwise_conv2d, bias=bias, stride=(stride, stride), padding=(1, 1, 1, 1))
+        clipped = partial(convolved, before=(0.0, 6.0), after=(0.0, 6.0))
+        name, leaf = f"depthwise_conv2d {stride}", images.clone().requires_grad_()
+        yield name, lambda clipped=clipped: [clipped(images, weight)]
+        yield f"{name} backward", adjoint(clipped(leaf, weight), leaf)
+        # With clips a copy of the images and one of the gradient are made first.
+        leaf = weight.clone().requires_grad_()
+        yield f"{name} weight", adjoint(convolved(images, leaf), leaf)
+    channels = torch.rand(144), torch.rand(144)
+    leaf = images.clone().requires_grad_()
+    yield "batch_norm", lambda: batch_norm(images, *channels, clip=(0.0, 6.0))
+    yield "batch_norm backward", adjoint(batch_norm(leaf, *channels, clip=(0.0, 6.0))[0], leaf)
+
+
 def cases():
     for dtype in (torch.float32, torch.bfloat16):
         for direction in ("forward", "jsd"):
             yield from ((f"{name} {dtype}", compute) for name, compute in divergence(dtype, direction))
         yield from ((f"{name} {dtype}", compute) for name, compute in images_ops(dtype))
+        yield from ((f"{name} {dtype}", compute) for name, compute in convolutions(dtype))
     index = torch.arange(16)
     yield "philox_uniform", lambda: [philox_uniform(index, torch.arange(5), (3, 224, 224), seed=1)]
 

@@ -17,7 +17,9 @@ USABLE = _C.usable_cpu_isas()
 EVERY_OP = "tests/native/every_op.py"
 # Threads that wait in a loop slow each other down many times over where other work shares the processor.
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
-OPS = {"kl_div_with_logits", "diversify", "sign_step", "smooth", "philox_uniform"}
+# Those that GPUs have kernels of too, and all.
+GPU_OPS = {"kl_div_with_logits", "diversify", "sign_step", "smooth", "philox_uniform"}
+OPS = GPU_OPS | {"depthwise_conv2d", "batch_norm"}
 
 
 def run_python(*arguments, isa=None):

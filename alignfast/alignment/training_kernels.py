@@ -1,0 +1,130 @@
+"""Layers of the source that the package's own kernels train on a CPU, in place of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+
+from alignfast.models.dataflow import has_hooks
+from alignfast.models.depthwise import is_depthwise, same_padding
+from alignfast.native import CPU_DEVICES
+from alignfast.ops import batch_norm, depthwise_conv2d
+from alignfast.ops.depthwise_conv2d import EVERYTHING
+
+# What the activation behind a normalisation clips to.
+CLIPS: dict[type[nn.Module], tuple[float, float]] = {
+    nn.Identity: EVERYTHING,
+    nn.ReLU: (0.0, inf),
+    nn.ReLU6: (0.0, 6.0),
+}
+
+
+@contextmanager
+def trained_by_kernels(module: nn.Module, *, half: bool) -> Iterator[None]:
+    """Let the kernels serve where torch's are slow, in a model whose activations are channels-last.
+
+    That is batch normalisations with the rectifiers that timm has inside of them; depthwise convolutions with kernels
+    above 3 x 3, for whose weights torch takes some five times as long; and in half precision, where it takes up to
+    thirty times as long, all depthwise ones. The layers are the same objects throughout, with their hooks and their
+    parameters.
+
+    half: whether the passes are under autocast to half precision.
+    """
+    kinds = {part: type(part) for part in module.modules() if _is_slow(part, half)}
+    try:
+        for part, kind in kinds.items():
+            part.__class__ = TRAINED[kind]
+        yield
+    finally:
+        for part, kind in kinds.items():
+            part.__class__ = kind
+
+
+def _is_slow(part: nn.Module, half: bool) -> bool:
+    weight = part._parameters.get("weight")
+    if type(part) not in TRAINED or weight is None or weight.device.type not in CPU_DEVICES:
+        return False
+    if isinstance(part, nn.BatchNorm2d):
+        return weight.dtype == torch.float32 and part.track_running_stats and part.momentum is not None
+    return (
+        is_depthwise(part)
+        and part.padding_mode == "zeros"
+        and isinstance(part.padding, tuple)
+        and (half or max(part.kernel_size) > 3)
+    )
+
+
+class TrainedConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        down, right = padding
+        return _convolved(input, self, (down, down, right, right))
+
+
+class TrainedConv2dSame(Conv2dSame):
+    def forward(self, input: Tensor) -> Tensor:
+        return _convolved(input, self, same_padding(input, self))
+
+
+class TrainedBatchNorm2d(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return _normalised(input, self, EVERYTHING) if _served(input, self) else super().forward(input)
+
+
+class TrainedBatchNormAct2d(BatchNormAct2d):
+    def forward(self, input: Tensor) -> Tensor:
+        if not _served(input, self):
+            alone: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+            return alone
+        clip = CLIPS.get(type(self.act))
+        if clip is not None and type(self.drop) is nn.Identity and not (has_hooks(self.act) or has_hooks(self.drop)):
+            return _normalised(input, self, clip)
+        result: Tensor = self.act(self.drop(_normalised(input, self, EVERYTHING)))
+        return result
+
+
+TRAINED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: TrainedConv2d,
+    Conv2dSame: TrainedConv2dSame,
+    nn.BatchNorm2d: TrainedBatchNorm2d,
+    BatchNormAct2d: TrainedBatchNormAct2d,
+}
+
+
+def _convolved(images: Tensor, layer: nn.Conv2d, padding: Sequence[int]) -> Tensor:
+    """As torch's convolution, to which autocast gives its inputs in half precision."""
+    weight, bias = layer.weight, layer.bias
+    if torch.is_autocast_enabled(images.device.type):
+        dtype = torch.get_autocast_dtype(images.device.type)
+        images, weight, bias = images.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return depthwise_conv2d(images, weight, bias, stride=layer.stride, padding=padding)
+
+
+def _served(images: Tensor, layer: nn.BatchNorm2d) -> bool:
+    """Torch's own normalises by running statistics, and refuses batches of one value a channel."""
+    return layer.training and images.ndim == 4 and images.dtype != torch.float64 and _values(images) > 1
+
+
+def _values(images: Tensor) -> int:
+    """Of a channel."""
+    return images.shape[0] * images.shape[2] * images.shape[3]
+
+
+def _normalised(images: Tensor, layer: nn.BatchNorm2d, clip: tuple[float, float]) -> Tensor:
+    """With running statistics moved as torch's are, by the unbiased variance."""
+    result, mean, variance = batch_norm(images, layer.weight, layer.bias, eps=layer.eps, clip=clip)
+    running_mean, running_var, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    momentum, count = layer.momentum, _values(images)
+    if running_mean is None or running_var is None or batches is None or momentum is None:
+        raise AssertionError("layers without running statistics are left to torch")
+    batches.add_(1)
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
+    return result
