@@ -57,9 +57,10 @@ PREPARED_BATCH = 8
 # Device, source, witness, dtype, batch, and whether `make bench` leaves it out.
 ALIGNED = (
     ("cpu", "resnet50", "resnet18", "fp32", 8, False),
-    ("cpu", "resnet50", "resnet18", "bf16", 8, False),
+    ("cpu", "resnet50", "resnet18", "bf16", 8, True),
     ("cpu", "resnet50", "resnet18", "bf16", 16, True),
-    ("cpu", "tf_efficientnet_lite2", "tf_efficientnet_lite0", "bf16", 16, True),
+    ("cpu", "tf_efficientnet_lite2", "tf_efficientnet_lite0", "fp32", 16, True),
+    ("cpu", "tf_efficientnet_lite2", "tf_efficientnet_lite0", "bf16", 16, False),
     ("cuda", "resnet50", "resnet18", "fp32", 32, False),
     ("cuda", "resnet50", "resnet18", "fp32", 128, False),
     ("cuda", "resnet50", "resnet18", "bf16", 32, False),
@@ -235,7 +236,7 @@ def _momentum_attacks() -> list[Case]:
             {"torchattacks": speeds[dtype], "model": 0.97 if (network, batch) == ("resnet50", 32) else 0.95}
             | ({"gemm": SHARES[network]} if dtype == "bf16" and network in SHARES else {}),
             peers=tuple(PEERS) if (network, batch, dtype) == ("resnet50", 8, "fp32") else ("torchattacks",),
-            extended=(batch, dtype) == (32, "fp32") and network != "resnet50",
+            extended=batch == 32,
             memory=MEMORY,
         )
         for network, speeds in SPEEDS.items()
@@ -254,7 +255,7 @@ def _drawn_attacks() -> list[Case]:
             dtype,
             (DRAWN_BATCH, *SIDES),
             {"torchattacks": DRAWN_SPEEDS[preset] if dtype == "bf16" else 1.0, "model": 0.9},
-            extended=dtype == "fp32",
+            extended=(preset, dtype) != ("vmifgsm", "bf16"),
         )
         for preset, steps in DRAWN_STEPS.items()
         for dtype in FLOATS

@@ -41,7 +41,8 @@ class AlignConfig:
         clip_norm: bound of the gradient's L2 norm; None for no clipping.
         ema: decay of an average of the weights, which is then the result; None for the weights themselves.
         precision: "fp32", or "bf16" or "fp16" for autocast (weights and update stay float32), fp16 with a loss scale.
-        channels_last: weights and activations in that layout. compile: the source's pass by torch.compile.
+        channels_last: weights and activations in that layout, for which this package has training kernels on CPUs.
+        compile: the source's pass by torch.compile.
         batch_norm: "move" normalises by the batch and moves the running statistics, as in training; "freeze"
             normalises by the running statistics and leaves them; "recalibrate" is "move", with the statistics taken
             anew over `RECALIBRATION` batches at the end; "synchronise" is "move" over the images of all GPUs, whose

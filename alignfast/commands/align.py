@@ -85,7 +85,9 @@ def align_command(
     ema: Annotated[float | None, typer.Option(help="Decay of an average of the weights, the result then.")] = None,
     batch_norm: Annotated[str, typer.Option(help=", ".join(BATCH_NORMS))] = AlignConfig.batch_norm,
     precision: Annotated[str, typer.Option(help=", ".join(PRECISIONS))] = AlignConfig.precision,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="The layout of weights and images.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="The layout of weights and images; on a CPU, the fast one.")
+    ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="The source's pass by torch.compile.")] = False,
     perturb: Annotated[str | None, typer.Option(help="Align on images after this attack, a name of --list.")] = None,
     perturb_param: Annotated[

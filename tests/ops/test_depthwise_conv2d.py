@@ -61,8 +61,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES)
 
 
 def eighths(shape, seed, dtype=torch.float64, low=-3, high=9):
-    """Multiples of 1/8, whose products and sums are exact in any order, so that all of them take the same side of a
-    bound."""
+    """Multiples of 1/8, whose products and sums are exact in any order and so on the same side of a bound."""
     return (cases.random(shape, seed, low=8 * low, high=8 * high).floor() / 8).to(dtype)
 
 
@@ -136,14 +135,14 @@ def check_gradients(
     def ours(images, weight, bias):
         return depthwise_conv2d(images, weight, bias, stride=stride, padding=padding, before=before, after=after)
 
-    def reference(*leaves):
+    def theirs(*leaves):
         return expected(*leaves, images.dtype, stride, padding, before, after)
 
     def unclipped(*leaves):
         return expected(*leaves, stride=stride, padding=padding)
 
     found = gradients(ours, (images, weight, bias), incoming)
-    wanted = gradients(reference, in_float64(images, weight, bias), incoming.double())
+    wanted = gradients(theirs, in_float64(images, weight, bias), incoming.double())
     scale = gradients(unclipped, sizes_of_terms(images, weight, bias, before), incoming.double().abs())
     for one, other, size in zip(found, wanted, scale, strict=True):
         assert one.dtype == images.dtype
