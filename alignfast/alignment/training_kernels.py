@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
 from typing import Any
@@ -13,9 +13,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from alignfast.models.dataflow import has_hooks
-from alignfast.models.depthwise import is_depthwise, same_padding
+from alignfast.models.depthwise import convolved, is_depthwise, same_padding
 from alignfast.native import CPU_DEVICES
-from alignfast.ops import batch_norm, depthwise_conv2d
+from alignfast.ops import batch_norm
 from alignfast.ops.depthwise_conv2d import EVERYTHING
 
 # What the activation behind a normalisation clips to.
@@ -52,7 +52,7 @@ def _is_slow(part: nn.Module, half: bool) -> bool:
     if type(part) not in TRAINED or weight is None or weight.device.type not in CPU_DEVICES:
         return False
     if isinstance(part, nn.BatchNorm2d):
-        return weight.dtype == torch.float32 and part.track_running_stats and part.momentum is not None
+        return weight.dtype == torch.float32 and part.track_running_stats
     return (
         is_depthwise(part)
         and part.padding_mode == "zeros"
@@ -65,12 +65,12 @@ class TrainedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
         down, right = padding
-        return _convolved(input, self, (down, down, right, right))
+        return convolved(input, self, (down, down, right, right))
 
 
 class TrainedConv2dSame(Conv2dSame):
     def forward(self, input: Tensor) -> Tensor:
-        return _convolved(input, self, same_padding(input, self))
+        return convolved(input, self, same_padding(input, self))
 
 
 class TrainedBatchNorm2d(nn.BatchNorm2d):
@@ -98,18 +98,11 @@ TRAINED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _convolved(images: Tensor, layer: nn.Conv2d, padding: Sequence[int]) -> Tensor:
-    """As torch's convolution, to which autocast gives its inputs in half precision."""
-    weight, bias = layer.weight, layer.bias
-    if torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
-        images, weight, bias = images.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return depthwise_conv2d(images, weight, bias, stride=layer.stride, padding=padding)
-
-
 def _served(images: Tensor, layer: nn.BatchNorm2d) -> bool:
-    """Torch's own normalises by running statistics, and refuses batches of one value a channel."""
-    return layer.training and images.ndim == 4 and images.dtype != torch.float64 and _values(images) > 1
+    """Torch's own normalises by running statistics, takes plain means of them while it recalibrates, and refuses
+    batches of one value a channel."""
+    usual = layer.training and layer.momentum is not None
+    return usual and images.ndim == 4 and images.dtype != torch.float64 and _values(images) > 1
 
 
 def _values(images: Tensor) -> int:

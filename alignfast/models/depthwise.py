@@ -104,7 +104,7 @@ class DepthwiseConv2d(FrozenConv2d):
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
         down, right = padding
-        return _convolved(input, self, (down, down, right, right))
+        return _rectified(input, self, (down, down, right, right))
 
 
 class DepthwiseConv2dSame(FrozenConv2dSame):
@@ -114,7 +114,7 @@ class DepthwiseConv2dSame(FrozenConv2dSame):
     after: Left | None
 
     def forward(self, input: Tensor) -> Tensor:
-        return _convolved(input, self, same_padding(input, self))
+        return _rectified(input, self, same_padding(input, self))
 
 
 class ReLU6Left(nn.ReLU6):
@@ -133,17 +133,21 @@ def same_padding(images: Tensor, layer: nn.Conv2d) -> tuple[int, int, int, int]:
     return down // 2, down - down // 2, right // 2, right - right // 2
 
 
-KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: DepthwiseConv2d, Conv2dSame: DepthwiseConv2dSame}
-
-
-def _convolved(images: Tensor, layer: DepthwiseConv2d | DepthwiseConv2dSame, padding: Sequence[int]) -> Tensor:
-    before, after = (RELU6 if left is not None and left.taken else EVERYTHING for left in (layer.before, layer.after))
+def convolved(images: Tensor, layer: nn.Conv2d, padding: Sequence[int], **clips: tuple[float, float]) -> Tensor:
+    """By a depthwise layer's weights, as torch's convolution, to which autocast gives everything in half precision."""
     weight, bias = layer.weight, layer.bias
-    # It gives everything to torch's convolution in half precision.
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
         images, weight, bias = images.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return depthwise_conv2d(images, weight, bias, stride=layer.stride, padding=padding, before=before, after=after)
+    return depthwise_conv2d(images, weight, bias, stride=layer.stride, padding=padding, **clips)
+
+
+KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: DepthwiseConv2d, Conv2dSame: DepthwiseConv2dSame}
+
+
+def _rectified(images: Tensor, layer: DepthwiseConv2d | DepthwiseConv2dSame, padding: Sequence[int]) -> Tensor:
+    before, after = (RELU6 if left is not None and left.taken else EVERYTHING for left in (layer.before, layer.after))
+    return convolved(images, layer, padding, before=before, after=after)
 
 
 def _left(module: nn.Module, rectifier: Rectifier | None) -> Left | None:

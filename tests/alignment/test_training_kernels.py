@@ -117,11 +117,10 @@ def test_hooks_see_what_they_see_without_kernels() -> None:
     [
         nn.BatchNorm2d(3, affine=False),
         nn.BatchNorm2d(3, track_running_stats=False),
-        nn.BatchNorm2d(3, momentum=None),
         nn.BatchNorm2d(3).double(),
         nn.BatchNorm1d(3),
     ],
-    ids=["no weight", "no statistics", "cumulative", "float64", "flat"],
+    ids=["no weight", "no statistics", "float64", "flat"],
 )
 def test_normalisations_that_are_left_to_torch(norm: nn.Module) -> None:
     kind = type(norm)
@@ -136,6 +135,32 @@ def test_frozen_statistics_stay_in_use() -> None:
     with trained_by_kernels(norm, half=False):
         assert torch.equal(norm(images()), wanted)
     assert norm.num_batches_tracked == 0
+
+
+def test_plain_means_of_statistics_are_left_to_torch() -> None:
+    """As recalibration takes them, by a momentum of None for a while."""
+    norm, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None)
+    with trained_by_kernels(norm, half=False):
+        norm.momentum = None
+        for seed in range(3):
+            shown = images() + seed
+            assert torch.equal(norm(shown), other(shown))
+    torch.testing.assert_close(norm.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("policy", ["freeze", "recalibrate"])
+def test_policies_of_statistics_do_what_they_do_without_kernels(policy: str) -> None:
+    found, wanted = (
+        plain.align(
+            plain.classifier(0),
+            plain.classifier(1),
+            plain.batches(),
+            plain.config_of(channels_last=channels_last, batch_norm=policy),
+        ).model.state_dict()
+        for channels_last in (True, False)
+    )
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_one_value_a_channel_is_refused_as_torch_does() -> None:
