@@ -16,7 +16,7 @@ from alignfast.models.dataflow import has_hooks
 from alignfast.models.depthwise import convolved, is_depthwise, same_padding
 from alignfast.native import CPU_DEVICES
 from alignfast.ops import batch_norm
-from alignfast.ops.depthwise_conv2d import EVERYTHING
+from alignfast.ops.interleaved import EVERYTHING
 
 # What the activation behind a normalisation clips to.
 CLIPS: dict[type[nn.Module], tuple[float, float]] = {
@@ -81,6 +81,7 @@ class TrainedBatchNorm2d(nn.BatchNorm2d):
 class TrainedBatchNormAct2d(BatchNormAct2d):
     def forward(self, input: Tensor) -> Tensor:
         if not _served(input, self):
+            # Timm's own has no types.
             alone: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return alone
         clip = CLIPS.get(type(self.act))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from alignfast.models.dataflow import Followed, changed_in_place, followed, has_hooks, paths_of
 from alignfast.models.frozen import FrozenConv2d, FrozenConv2dSame, is_plain, reclassed, relu6_in_place
-from alignfast.ops.depthwise_conv2d import EVERYTHING, LARGEST, depthwise_conv2d
+from alignfast.ops.depthwise_conv2d import LARGEST, depthwise_conv2d
+from alignfast.ops.interleaved import EVERYTHING
 
 RELU6 = (0.0, 6.0)
 

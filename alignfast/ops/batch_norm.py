@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignfast.checks import check_number, check_shape
 from alignfast.native import CPU_DEVICES
-from alignfast.ops.depthwise_conv2d import EVERYTHING
+from alignfast.ops.interleaved import EVERYTHING, check_clip, check_interleaved, check_interleaved_images, interleaved
 from alignfast.reference import batch_norm as reference
 
 
@@ -39,15 +39,12 @@ def batch_norm(
     _check(images, weight, bias, eps, *clip)
     if images.device.type not in CPU_DEVICES:
         return reference.batch_norm(images, weight, bias, eps, *clip)
-    images = images.contiguous(memory_format=torch.channels_last)
-    result, mean, variance = torch.ops.alignfast.batch_norm(images, weight, bias, eps, *clip)
+    result, mean, variance = torch.ops.alignfast.batch_norm(interleaved(images), weight, bias, eps, *clip)
     return result, mean, variance
 
 
 def _check(images: Tensor, weight: Tensor, bias: Tensor, eps: float, low: float, high: float) -> None:
-    check_shape("images", images.shape, (None, None, None, None))
-    if not images.is_floating_point():
-        raise ValueError(f"images: got dtype {images.dtype}; allowed is a floating-point tensor")
+    check_interleaved_images("images", images)
     wide = torch.promote_types(images.dtype, torch.float32)
     for name, values in (("weight", weight), ("bias", bias)):
         check_shape(name, values.shape, (images.shape[1],))
@@ -57,8 +54,7 @@ def _check(images: Tensor, weight: Tensor, bias: Tensor, eps: float, low: float,
                 f"allowed is {wide} on one device"
             )
     check_number("eps", eps, low=0.0)
-    if not low < high:
-        raise ValueError(f"clip: got {(low, high)}; allowed is a lowest value below the highest")
+    check_clip("clip", low, high)
     if images.shape[0] * images.shape[2] * images.shape[3] == 0:
         raise ValueError("images: got no pixel; allowed is at least one")
 
@@ -67,6 +63,7 @@ def _fake(
     images: Tensor, weight: Tensor, bias: Tensor, eps: float, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(images, weight, bias, eps, low, high)
+    check_interleaved("images", images)
     result = torch.empty_like(images, memory_format=torch.channels_last, requires_grad=False)
     return result, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
@@ -83,6 +80,7 @@ def _fake_backward(
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_shape("grad", grad.shape, images.shape)
+    check_interleaved("grad", grad)
     check_shape("mean", mean.shape, weight.shape)
     check_shape("variance", variance.shape, weight.shape)
     return _fake(images, weight, bias, eps, low, high)
@@ -96,8 +94,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    return *torch.ops.alignfast.batch_norm_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+    return (
+        *torch.ops.alignfast.batch_norm_backward(interleaved(grad), *ctx.saved_tensors, *ctx.settings),
+        None,
+        None,
+        None,
+    )
 
 
 torch.library.register_fake("alignfast::batch_norm", _fake)

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from alignfast.checks import check_shape
 from alignfast.native import CPU_DEVICES
+from alignfast.ops.interleaved import (
+    EVERYTHING,
+    check_clip,
+    check_interleaved,
+    check_interleaved_images,
+    interleaved,
+)
 from alignfast.reference import depthwise_conv2d as reference
 
 # Rows and columns of the largest kernel.
 LARGEST = 32
-EVERYTHING = (-inf, inf)
 
 
 def depthwise_conv2d(
@@ -56,14 +62,16 @@ def depthwise_conv2d(
     _check(images, weight, bias, stride, padding, *before, *after)
     if images.device.type not in CPU_DEVICES:
         return reference.depthwise_conv2d(images, weight, bias, stride, padding, before, after)
-    result: Tensor = torch.ops.alignfast.depthwise_conv2d(_flat(images), weight, bias, stride, padding, *before, *after)
+    result: Tensor = torch.ops.alignfast.depthwise_conv2d(
+        interleaved(images), weight, bias, stride, padding, *before, *after
+    )
     return result
 
 
 def _check(
     images: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], *clips: float
 ) -> None:
-    _check_images("images", images)
+    check_interleaved_images("images", images)
     _check_clips(*clips)
     _check_weight(weight, images, stride, padding)
     if bias is not None:
@@ -71,16 +79,9 @@ def _check(
     _result_size(images.shape[2:], weight.shape[2:], stride, padding)
 
 
-def _check_images(name: str, images: Tensor) -> None:
-    check_shape(name, images.shape, (None, None, None, None))
-    if not images.is_floating_point():
-        raise ValueError(f"{name}: got dtype {images.dtype}; allowed is a floating-point tensor")
-
-
 def _check_clips(low_before: float, high_before: float, low_after: float, high_after: float) -> None:
     for name, low, high in (("before", low_before, high_before), ("after", low_after, high_after)):
-        if not low < high:
-            raise ValueError(f"{name}: got {(low, high)}; allowed is a lowest value below the highest")
+        check_clip(name, low, high)
 
 
 def _check_weight(weight: Tensor, images: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
@@ -109,11 +110,6 @@ def _check_sizes(name: str, values: Sequence[int], count: int, lowest: int) -> N
         raise ValueError(f"{name}: got {list(values)}; allowed is {count} sizes from {lowest} on")
 
 
-def _check_flat(name: str, images: Tensor) -> None:
-    if images.numel() > 0 and not images.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"{name}: not in channels-last memory; allowed is that alone")
-
-
 def _result_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> list[int]:
@@ -124,7 +120,7 @@ def _result_size(
     return [(side - wanted) // step + 1 for side, wanted, step in zip(padded, kernel, stride, strict=True)]
 
 
-def _interleaved(like: Tensor, *shape: int) -> Tensor:
+def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -132,9 +128,9 @@ def _fake(
     images: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], *clips: float
 ) -> Tensor:
     _check(images, weight, bias, stride, padding, *clips)
-    _check_flat("images", images)
+    check_interleaved("images", images)
     size = _result_size(images.shape[2:], weight.shape[2:], stride, padding)
-    return _interleaved(images, *images.shape[:2], *size)
+    return _empty(images, *images.shape[:2], *size)
 
 
 def _fake_backward(
@@ -147,7 +143,7 @@ def _fake_backward(
     padding: list[int],
     *clips: float,
 ) -> Tensor:
-    _check_images("grad", grad)
+    check_interleaved_images("grad", grad)
     _check_clips(*clips)
     _check_weight(weight, grad, stride, padding)
     _check_sizes("size", size, 2, 0)
@@ -160,18 +156,18 @@ def _fake_backward(
     ):
         if tensor is not None:
             _check_like(name, tensor, grad, shape)
-            _check_flat(name, tensor)
-    return _interleaved(grad, *going_in)
+            check_interleaved(name, tensor)
+    return _empty(grad, *going_in)
 
 
 def _fake_weight(grad: Tensor, images: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    _check_images("grad", grad)
+    check_interleaved_images("grad", grad)
     _check_sizes("size", size, 2, 1)
     _check_geometry(size, stride, padding)
     _check_like("images", images, grad, (*grad.shape[:2], None, None))
     check_shape("grad", grad.shape, (*grad.shape[:2], *_result_size(images.shape[2:], size, stride, padding)))
     for name, tensor in (("grad", grad), ("images", images)):
-        _check_flat(name, tensor)
+        check_interleaved(name, tensor)
     return grad.new_empty(grad.shape[1], 1, *size)
 
 
@@ -185,7 +181,7 @@ def _gated(values: Tensor, gate: Tensor | None, low: float, high: float) -> Tens
         return values
     ones = values.new_ones(values.shape[1], 1, 1, 1)
     result: Tensor = torch.ops.alignfast.depthwise_conv2d_backward(
-        _flat(values), ones, None, gate, list(values.shape[2:]), [1, 1], [0, 0, 0, 0], *EVERYTHING, low, high
+        interleaved(values), ones, None, gate, list(values.shape[2:]), [1, 1], [0, 0, 0, 0], *EVERYTHING, low, high
     )
     return result
 
@@ -194,21 +190,16 @@ def _clips(low: float, high: float) -> bool:
     return low > -inf or high < inf
 
 
-def _flat(images: Tensor) -> Tensor:
-    """In the memory that the kernels read."""
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 def _convolved(images: Tensor, weight: Tensor, ctx: Any) -> Tensor:
     result: Tensor = torch.ops.alignfast.depthwise_conv2d(
-        _flat(images), weight, None, ctx.stride, ctx.padding, *EVERYTHING, *EVERYTHING
+        interleaved(images), weight, None, ctx.stride, ctx.padding, *EVERYTHING, *EVERYTHING
     )
     return result
 
 
 def _for_weight(grad: Tensor, images: Tensor, size: Sequence[int], ctx: Any) -> Tensor:
     result: Tensor = torch.ops.alignfast.depthwise_conv2d_weight(
-        _flat(grad), _flat(images), list(size), ctx.stride, ctx.padding
+        interleaved(grad), interleaved(images), list(size), ctx.stride, ctx.padding
     )
     return result
 
@@ -227,7 +218,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         gate = images if _clips(*ctx.before) else None
         for_images = torch.ops.alignfast.depthwise_conv2d_backward(
-            _flat(grad), weight, gate, result, ctx.size, ctx.stride, ctx.padding, *ctx.before, *ctx.after
+            interleaved(grad), weight, gate, result, ctx.size, ctx.stride, ctx.padding, *ctx.before, *ctx.after
         )
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         grad = _gated(grad, result, *ctx.after)

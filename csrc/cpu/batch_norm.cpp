@@ -27,17 +27,28 @@ Shape shape_of(const char* name, const Tensor& images) {
   return {dtype, rows, channels, std::max<int64_t>(1, STRETCH / std::max<int64_t>(1, channels * size_of(dtype)))};
 }
 
-// Of the type that the images are computed in.
+// In which images are computed.
+ScalarType wide_type(const Tensor& images) {
+  return images.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 void check_channels(const char* name, const Tensor& values, const Tensor& images) {
-  const ScalarType wide = images.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_device(name, values, images);
-  check_dtype(name, values, wide);
+  check_dtype(name, values, wide_type(images));
   check_shape(name, values, {images.size(1)});
 }
 
+void check_settings(const Shape& shape, const Tensor& images, const Tensor& weight, const Tensor& bias, double eps,
+                    double low, double high) {
+  check_channels("weight", weight, images);
+  check_channels("bias", bias, images);
+  check_finite("eps", eps);
+  check_clip("clip", low, high);
+  AF_CHECK(shape.rows > 0, "images: got no pixel; allowed is at least one");
+}
+
 Tensor channels_like(const Tensor& images) {
-  const ScalarType wide = images.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::empty({images.size(1)}, wide, std::nullopt, images.device(), std::nullopt,
+  return torch::stable::empty({images.size(1)}, wide_type(images), std::nullopt, images.device(), std::nullopt,
                               torch::headeronly::MemoryFormat::Contiguous);
 }
 
@@ -121,11 +132,7 @@ void merge_moments(const Shape& shape, const double* sums, const Tensor& mean, c
 std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor images, Tensor weight, Tensor bias, double eps, double low,
                                               double high) {
   const Shape shape = shape_of("images", images);
-  check_channels("weight", weight, images);
-  check_channels("bias", bias, images);
-  check_finite("eps", eps);
-  check_clip("clip", low, high);
-  AF_CHECK(shape.rows > 0, "images: got no pixel; allowed is at least one");
+  check_settings(shape, images, weight, bias, eps, low, high);
   const Tensor mean = channels_like(images), variance = channels_like(images);
   const Tensor out = interleaved({images.size(0), images.size(1), images.size(2), images.size(3)}, images);
   if (shape.channels == 0) return {out, mean, variance};
@@ -151,13 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad, Tensor image
                                                        double high) {
   const Shape shape = shape_of("images", images);
   check_like("grad", grad, images, {images.size(0), images.size(1), images.size(2), images.size(3)});
-  check_channels("weight", weight, images);
-  check_channels("bias", bias, images);
+  check_settings(shape, images, weight, bias, eps, low, high);
   check_channels("mean", mean, images);
   check_channels("variance", variance, images);
-  check_finite("eps", eps);
-  check_clip("clip", low, high);
-  AF_CHECK(shape.rows > 0, "images: got no pixel; allowed is at least one");
   const Tensor for_weight = channels_like(images), for_bias = channels_like(images);
   const Tensor out = interleaved({images.size(0), images.size(1), images.size(2), images.size(3)}, images);
   if (shape.channels == 0) return {out, for_weight, for_bias};
