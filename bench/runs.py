@@ -344,7 +344,7 @@ class AlignmentRun:
         """A copy of the source as it is trained."""
         student = copy.deepcopy(self._models[0]).train().to(memory_format=torch.channels_last)
         student.memory_format = torch.channels_last
-        self._open.enter_context(trained_by_kernels(student, half=self.dtype != torch.float32))
+        self._open.enter_context(trained_by_kernels(student, self._batches[0][0][:1], half=self.dtype != torch.float32))
         return student
 
     def _autocast(self) -> torch.autocast:

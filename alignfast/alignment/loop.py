@@ -205,6 +205,9 @@ def fit(
             elif config.compile:
                 terms.compile()
             run = Run(terms, stream, config, total, witnesses, held_out)
+            if config.channels_last:
+                half = config.precision != "fp32"
+                closing.enter_context(trained_by_kernels(model, example.images[:1], half=half))
             if before is not None:
                 with keeping_generators(_cuda_devices(model)):
                     before()
@@ -306,12 +309,11 @@ def _training(model: Classifier, config: AlignConfig) -> Iterator[None]:
     """Training mode and the layout of the run, with batch-norm layers in evaluation mode where their statistics are
     frozen."""
     layout = model.memory_format
-    with keeping_modes(model), ExitStack() as stack:
+    with keeping_modes(model):
         model.train()
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
             model.memory_format = torch.channels_last
-            stack.enter_context(trained_by_kernels(model, half=config.precision != "fp32"))
         if config.batch_norm == "freeze":
             for module in model.modules():
                 if isinstance(module, _BatchNorm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -12,7 +13,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from alignfast.models.dataflow import has_hooks
+from alignfast.models.dataflow import Unseen, followed, has_hooks
 from alignfast.models.depthwise import convolved, is_depthwise, same_padding
 from alignfast.native import CPU_DEVICES
 from alignfast.ops import batch_norm
@@ -27,24 +28,34 @@ CLIPS: dict[type[nn.Module], tuple[float, float]] = {
 
 
 @contextmanager
-def trained_by_kernels(module: nn.Module, *, half: bool) -> Iterator[None]:
+def trained_by_kernels(module: nn.Module, images: Tensor, *, half: bool) -> Iterator[None]:
     """Let the kernels serve where torch's are slow, in a model whose activations are channels-last.
 
-    That is batch normalisations with the rectifiers that timm has inside of them; depthwise convolutions with kernels
-    above 3 x 3, for whose weights torch takes some five times as long; and in half precision, where it takes up to
-    thirty times as long, all depthwise ones. The layers are the same objects throughout, with their hooks and their
-    parameters.
+    That is batch normalisations with the rectifiers behind them, or that timm has inside of them; depthwise
+    convolutions with kernels above 3 x 3, for whose weights torch takes some five times as long; and in half precision,
+    where it takes up to thirty times as long, all depthwise ones. The layers are the same objects throughout, with
+    their hooks and their parameters.
 
+    images: are passed through the model once, to see which rectifiers are behind which normalisations.
     half: whether the passes are under autocast to half precision.
     """
-    kinds = {part: type(part) for part in module.modules() if _is_slow(part, half)}
+    slow = {part for part in module.modules() if _is_slow(part, half)}
+    norms = {part for part in slow if type(part) is nn.BatchNorm2d}
+    pairs = followed(module, lambda: module(images), norms.__contains__, _is_rectifier) if norms else []
+    kinds = {part: type(part) for part in slow.union(one.follower for one in pairs)}
     try:
         for part, kind in kinds.items():
             part.__class__ = TRAINED[kind]
+        for one in pairs:
+            layer: Any = one.layer
+            rectifier: Any = one.follower
+            layer.behind = Behind(rectifier, CLIPS[kinds[rectifier]], Unseen(one.seen_by))
         yield
     finally:
         for part, kind in kinds.items():
             part.__class__ = kind
+            part.__dict__.pop("behind", None)
+            part.__dict__.pop("clipped", None)
 
 
 def _is_slow(part: nn.Module, half: bool) -> bool:
@@ -73,9 +84,42 @@ class TrainedConv2dSame(Conv2dSame):
         return convolved(input, self, same_padding(input, self))
 
 
-class TrainedBatchNorm2d(nn.BatchNorm2d):
+class TrainedReLU(nn.ReLU):
+    """Has nothing to do for what a normalisation has just clipped for it."""
+
+    clipped: Tensor | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return _normalised(input, self, EVERYTHING) if _served(input, self) else super().forward(input)
+        return input if _taken(input, self) else super().forward(input)
+
+
+class TrainedReLU6(nn.ReLU6):
+    clipped: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if _taken(input, self) else super().forward(input)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The rectifier that is given what a normalisation returns."""
+
+    rectifier: TrainedReLU | TrainedReLU6
+    clip: tuple[float, float]
+    unseen: Unseen
+
+
+class TrainedBatchNorm2d(nn.BatchNorm2d):
+    behind: Behind | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _served(input, self):
+            return super().forward(input)
+        behind = self.behind
+        if behind is None or not behind.unseen:
+            return _normalised(input, self, EVERYTHING)
+        behind.rectifier.clipped = result = _normalised(input, self, behind.clip)
+        return result
 
 
 class TrainedBatchNormAct2d(BatchNormAct2d):
@@ -96,7 +140,19 @@ TRAINED: dict[type[nn.Module], type[nn.Module]] = {
     Conv2dSame: TrainedConv2dSame,
     nn.BatchNorm2d: TrainedBatchNorm2d,
     BatchNormAct2d: TrainedBatchNormAct2d,
+    nn.ReLU: TrainedReLU,
+    nn.ReLU6: TrainedReLU6,
 }
+
+
+def _is_rectifier(part: nn.Module) -> bool:
+    return type(part) in (nn.ReLU, nn.ReLU6)
+
+
+def _taken(images: Tensor, rectifier: TrainedReLU | TrainedReLU6) -> bool:
+    """Whether they are the very tensor that was clipped; a rectifier may be behind other layers as well."""
+    clipped, rectifier.clipped = rectifier.clipped, None
+    return clipped is images
 
 
 def _served(images: Tensor, layer: nn.BatchNorm2d) -> bool:

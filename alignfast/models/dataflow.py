@@ -21,13 +21,15 @@ class Followed:
     """shape: of what went from the layer to its follower.
 
     seen_by: the parts that gave it or were given it, these two among them; where the layer changes its input in place,
-    which is the same tensor, also those that had it before.
+    which is the same tensor, also those that had it before. shared: whether the follower ran more than once or has
+    more than one name.
     """
 
     layer: nn.Module
     follower: nn.Module
     shape: torch.Size
     seen_by: tuple[nn.Module, ...]
+    shared: bool
 
 
 def followed(
@@ -36,12 +38,12 @@ def followed(
     is_layer: Callable[[nn.Module], bool],
     is_follower: Callable[[nn.Module], bool],
 ) -> list[Followed]:
-    """Each layer whose result went into one follower, unchanged and nowhere else, where both ran exactly once.
+    """Each layer that ran exactly once and whose result went into one follower, unchanged and nowhere else.
 
     A layer that changes its input in place counts if nothing else had used that before, of which there may be views.
 
     Args:
-        module: searched for layers, and for followers that have one name only.
+        module: searched for layers and followers.
         run: passes through it; in evaluation mode and without a gradient.
         is_layer: whether a part is one that is asked about.
         is_follower: whether it is one that may follow.
@@ -83,12 +85,16 @@ def followed(
             watched.used_elsewhere = True
         del result
     return [
-        Followed(layer, watched.followers[0], watched.shape, tuple(watched.seen_by))
+        Followed(
+            layer,
+            follower,
+            watched.shape,
+            tuple(watched.seen_by),
+            shared=max(followers[follower], len(paths[follower])) > 1,
+        )
         for layer, watched in layers.items()
-        if watched.shape is not None
-        and watched.calls == len(watched.followers) == 1
-        and not watched.used_elsewhere
-        and followers[watched.followers[0]] == len(paths[watched.followers[0]]) == 1
+        if watched.shape is not None and watched.calls == len(watched.followers) == 1 and not watched.used_elsewhere
+        for follower in watched.followers
     ]
 
 
@@ -116,6 +122,16 @@ def paths_of(module: nn.Module) -> dict[nn.Module, list[str]]:
     for name, part in module.named_modules(remove_duplicate=False):
         paths.setdefault(part, []).append(name)
     return paths
+
+
+class Unseen:
+    """Whether what goes from a layer to its follower may be another tensor, since no hook looks at it."""
+
+    def __init__(self, seen_by: Iterable[nn.Module]) -> None:
+        self.seen_by = tuple(seen_by)
+
+    def __bool__(self) -> bool:
+        return not any(has_hooks(part) for part in self.seen_by)
 
 
 def has_hooks(part: nn.Module) -> bool:

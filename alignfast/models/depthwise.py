@@ -11,7 +11,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 
-from alignfast.models.dataflow import Followed, changed_in_place, followed, has_hooks, paths_of
+from alignfast.models.dataflow import Followed, Unseen, changed_in_place, followed, paths_of
 from alignfast.models.frozen import FrozenConv2d, FrozenConv2dSame, is_plain, reclassed, relu6_in_place
 from alignfast.ops.depthwise_conv2d import LARGEST, depthwise_conv2d
 from alignfast.ops.interleaved import EVERYTHING
@@ -59,10 +59,10 @@ def chains_of(module: nn.Module, run: Callable[[], Any]) -> list[Chain]:
     def named(rectifier: nn.Module, one: Followed) -> Rectifier:
         return Rectifier(paths[rectifier][0], tuple(paths[part][0] for part in one.seen_by))
 
-    behind = followed(module, run, is_layer, is_rectifier)
+    behind = [one for one in followed(module, run, is_layer, is_rectifier) if not one.shared]
     # Between two convolutions the first does it.
     taken = {one.follower for one in behind}
-    ahead = [one for one in followed(module, run, is_rectifier, is_layer) if one.layer not in taken]
+    ahead = [one for one in followed(module, run, is_rectifier, is_layer) if not one.shared and one.layer not in taken]
     after = {one.layer: named(one.follower, one) for one in behind}
     before = {one.follower: named(one.layer, one) for one in ahead}
     layers = [part for part in paths if part in before or part in after]
@@ -87,20 +87,9 @@ def use_kernel(module: nn.Module, chains: Sequence[Chain]) -> None:
         layer.before, layer.after = (_left(module, rectifier) for rectifier in (chain.before, chain.after))
 
 
-class Left:
-    """What a rectifier leaves to its convolution as long as no hook looks at what goes from the one to the other."""
-
-    def __init__(self, seen_by: Sequence[nn.Module]) -> None:
-        self.seen_by = tuple(seen_by)
-
-    @property
-    def taken(self) -> bool:
-        return not any(has_hooks(part) for part in self.seen_by)
-
-
 class DepthwiseConv2d(FrozenConv2d):
-    before: Left | None
-    after: Left | None
+    before: Unseen | None
+    after: Unseen | None
 
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
@@ -111,18 +100,20 @@ class DepthwiseConv2d(FrozenConv2d):
 class DepthwiseConv2dSame(FrozenConv2dSame):
     """Behind TensorFlow's padding, which depends on the size of the input."""
 
-    before: Left | None
-    after: Left | None
+    before: Unseen | None
+    after: Unseen | None
 
     def forward(self, input: Tensor) -> Tensor:
         return _rectified(input, self, same_padding(input, self))
 
 
 class ReLU6Left(nn.ReLU6):
-    left: Left
+    """Left to its convolution as long as no hook looks at what goes from the one to the other."""
+
+    unseen: Unseen
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.left.taken:
+        if self.unseen:
             return input
         return relu6_in_place(input) if self.inplace else nn.functional.relu6(input)
 
@@ -147,17 +138,17 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: DepthwiseConv2d, Con
 
 
 def _rectified(images: Tensor, layer: DepthwiseConv2d | DepthwiseConv2dSame, padding: Sequence[int]) -> Tensor:
-    before, after = (RELU6 if left is not None and left.taken else EVERYTHING for left in (layer.before, layer.after))
+    before, after = (RELU6 if unseen else EVERYTHING for unseen in (layer.before, layer.after))
     return convolved(images, layer, padding, before=before, after=after)
 
 
-def _left(module: nn.Module, rectifier: Rectifier | None) -> Left | None:
+def _left(module: nn.Module, rectifier: Rectifier | None) -> Unseen | None:
     if rectifier is None:
         return None
     part = reclassed(ReLU6Left, module.get_submodule(rectifier.name))
     module.set_submodule(rectifier.name, part, strict=True)
-    part.left = left = Left([module.get_submodule(name) for name in rectifier.seen_by])
-    return left
+    part.unseen = unseen = Unseen(module.get_submodule(name) for name in rectifier.seen_by)
+    return unseen
 
 
 def _is_relu6(part: nn.Module) -> bool:

@@ -100,7 +100,7 @@ def _pairs(module: nn.Module, run: Callable[[], Any]) -> list[tuple[nn.Module, n
     return [
         (one.layer, one.follower, paths[one.follower][0])
         for one in followed(module, run, _is_layer, _is_norm)
-        if len(one.shape) == _weight(one.layer).ndim and _fits(one.layer, one.follower)
+        if not one.shared and len(one.shape) == _weight(one.layer).ndim and _fits(one.layer, one.follower)
     ]
 
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from timm.layers import BatchNormAct2d
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_iter
 
-from alignfast.alignment.training_kernels import TRAINED, trained_by_kernels
+from alignfast.alignment.training_kernels import TRAINED, TrainedBatchNorm2d, trained_by_kernels
 from tests.alignment import test_align as plain
 
 WIDTH, CLASSES = 24, 5
@@ -41,7 +45,7 @@ def images(count: int = 4, side: int = 18) -> Tensor:
 def trained(model: nn.Module, shown: Tensor, *, kernels: bool, half: bool) -> dict[str, Tensor]:
     """The logits, gradients and buffers behind one pass of a copy in training mode."""
     model = copy.deepcopy(model).train()
-    with trained_by_kernels(model, half=half) if kernels else nullcontext():
+    with trained_by_kernels(model, shown[:1], half=half) if kernels else nullcontext():
         with torch.autocast("cpu", torch.bfloat16, half):
             logits = model(shown.contiguous(memory_format=torch.channels_last))
         (logits * torch.linspace(-1, 1, CLASSES)).sum().backward()
@@ -76,18 +80,18 @@ def test_the_layers_that_are_slow_in_torch_are_served(half: bool) -> None:
     model = network()
     kinds = [type(part) for part in model]
     parameters = [id(value) for value in model.parameters()]
-    with trained_by_kernels(model, half=half):
+    with trained_by_kernels(model, images(), half=half):
         served = [index for index, part in enumerate(model) if type(part) in TRAINED.values()]
         assert [id(value) for value in model.parameters()] == parameters
         assert all(isinstance(part, kind) for part, kind in zip(model, kinds, strict=True))
-    assert served == ([1, 2, 3, 5, 6] if half else [1, 2, 3, 6])
+    assert served == ([1, 2, 3, 4, 5, 6] if half else [1, 2, 3, 4, 6])
     assert [type(part) for part in model] == kinds
 
 
 def test_layers_are_as_before_behind_an_error() -> None:
     model = network()
     kinds = [type(part) for part in model]
-    with pytest.raises(KeyError), trained_by_kernels(model, half=True):
+    with pytest.raises(KeyError), trained_by_kernels(model, images(), half=True):
         raise KeyError
     assert [type(part) for part in model] == kinds
 
@@ -101,15 +105,132 @@ def test_hooks_see_what_they_see_without_kernels() -> None:
         def keep(part: nn.Module, inputs: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
             kept.append(output.detach().clone())
 
-        model[1].act.register_forward_pre_hook(lambda part, inputs, kept=kept: kept.append(inputs[0].detach().clone()))
-        for part in (model[1].act, model[1], model[2]):
-            part.register_forward_hook(keep)
-        with trained_by_kernels(model, half=True) if kernels else nullcontext():
+        with trained_by_kernels(model, images(), half=True) if kernels else nullcontext():
+            model[1].act.register_forward_pre_hook(
+                lambda part, inputs, kept=kept: kept.append(inputs[0].detach().clone())
+            )
+            for part in (model[1].act, model[1], model[2]):
+                part.register_forward_hook(keep)
             model(images().contiguous(memory_format=torch.channels_last))
     assert len(seen[True]) == len(seen[False]) == 4
     assert float(seen[True][0].min()) < 0
     for found, wanted in zip(seen[True], seen[False], strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Block(nn.Module):
+    """As of ResNets; use: of the block and its input, the result."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor], act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.use = use
+        self.conv, self.other = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.norm, self.norm2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.same = nn.Identity()
+        self.boxed = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3))
+        self.act: nn.Module = act(inplace=True)
+        self.out_of_place: nn.Module = act()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.use(self, input)
+
+
+def straight(block: Any, rows: Tensor) -> Any:
+    return block.act(block.same(block.norm(block.conv(rows))))
+
+
+def shared(block: Any, rows: Tensor) -> Any:
+    """One rectifier behind both normalisations and the sum, as in torchvision's."""
+    rows = block.act(block.norm(block.conv(rows)))
+    out = block.norm2(block.other(rows))
+    out += rows
+    return block.act(out)
+
+
+def side_by_side(block: Any, rows: Tensor) -> Any:
+    """The rectifier gets the one when it has been told of the other."""
+    one, two = block.norm(block.conv(rows)), block.norm2(block.other(rows))
+    return block.act(one) - 2 * block.act(two)
+
+
+def told_and_not_used(block: Any, rows: Tensor) -> Any:
+    one = block.norm(block.conv(rows))
+    other = block.act(block.other(rows))
+    return block.act(one) + other
+
+
+def used_twice(block: Any, rows: Tensor) -> Any:
+    out = block.norm(block.conv(rows))
+    return block.out_of_place(out) + out
+
+
+def in_a_box(block: Any, rows: Tensor) -> Any:
+    return block.act(block.boxed(rows))
+
+
+BLOCKS = {
+    straight: 1,
+    shared: 1,
+    side_by_side: 2,
+    told_and_not_used: 1,
+    used_twice: 0,
+    in_a_box: 1,
+}
+
+
+def clipping(module: nn.Module) -> int:
+    """How many normalisations do the rectifier behind them."""
+    return sum(part.behind is not None for part in module.modules() if isinstance(part, TrainedBatchNorm2d))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("use", BLOCKS, ids=lambda use: use.__name__)
+def test_rectifiers_behind_normalisations(use: Any, act: type[nn.Module]) -> None:
+    """Twice, so that what the first pass leaves in the parts would be seen in the second."""
+    torch.manual_seed(0)
+    block = Block(use, act)
+    shown = 4 * images().contiguous(memory_format=torch.channels_last)
+    passes = []
+    for kernels in (False, True):
+        model, rows = copy.deepcopy(block).train(), shown.clone().requires_grad_()
+        with trained_by_kernels(model, shown[:1], half=False) if kernels else nullcontext():
+            assert clipping(model) == (BLOCKS[use] if kernels else 0)
+            results = [model(rows) for _ in range(2)]
+            weights = torch.linspace(-1, 2, results[0].numel()).view_as(results[0])
+            torch.stack([(one * weights).sum() for one in results]).sum().backward()
+        found = {f"result {place}": one.detach() for place, one in enumerate(results)} | dict(model.named_buffers())
+        found |= {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        passes.append(found | {"images": rows.grad})
+        assert not any({"behind", "clipped"} & part.__dict__.keys() for part in model.modules())
+        assert [type(part) for part in model.modules()] == [type(part) for part in block.modules()]
+    assert max(distances(*passes).values()) < 1e-3
+
+
+@pytest.mark.parametrize("part", ["norm", "same", "act"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_between_a_normalisation_and_its_rectifier_see_what_they_see_in_torch(part: str, kind: str) -> None:
+    seen: dict[bool, list[Tensor]] = {False: [], True: []}
+    for kernels, kept in seen.items():
+        torch.manual_seed(0)
+        model = Block(straight).train()
+        model.act.inplace = False
+
+        def keep(part: nn.Module, *given: Any, kept: list[Tensor] = kept) -> None:
+            kept.extend(value.detach().clone() for value in tree_iter(given) if isinstance(value, Tensor))
+
+        with trained_by_kernels(model, images()[:1], half=False) if kernels else nullcontext():
+            getattr(model.get_submodule(part), f"register_{kind}_hook")(keep)
+            model(images().contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    assert len(seen[True]) == len(seen[False]) > 0
+    for found, wanted in zip(seen[True], seen[False], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_rectifiers_of_a_resnet() -> None:
+    """Of either library all but those behind the sums."""
+    for model, norms in ((timm.create_model("resnet18"), 9), (torchvision.models.resnet18(), 9)):
+        with trained_by_kernels(model, torch.rand(1, 3, 64, 64), half=False):
+            assert clipping(model) == norms
 
 
 @pytest.mark.parametrize(
@@ -124,7 +245,7 @@ def test_hooks_see_what_they_see_without_kernels() -> None:
 )
 def test_normalisations_that_are_left_to_torch(norm: nn.Module) -> None:
     kind = type(norm)
-    with trained_by_kernels(norm, half=True):
+    with trained_by_kernels(norm, images(), half=True):
         assert type(norm) is kind
 
 
@@ -132,7 +253,7 @@ def test_frozen_statistics_stay_in_use() -> None:
     norm = nn.BatchNorm2d(3).eval()
     norm.running_mean.fill_(0.3)
     wanted = norm(images())
-    with trained_by_kernels(norm, half=False):
+    with trained_by_kernels(norm, images(), half=False):
         assert torch.equal(norm(images()), wanted)
     assert norm.num_batches_tracked == 0
 
@@ -140,7 +261,7 @@ def test_frozen_statistics_stay_in_use() -> None:
 def test_plain_means_of_statistics_are_left_to_torch() -> None:
     """As recalibration takes them, by a momentum of None for a while."""
     norm, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None)
-    with trained_by_kernels(norm, half=False):
+    with trained_by_kernels(norm, images(), half=False):
         norm.momentum = None
         for seed in range(3):
             shown = images() + seed
@@ -165,7 +286,7 @@ def test_policies_of_statistics_do_what_they_do_without_kernels(policy: str) -> 
 
 def test_one_value_a_channel_is_refused_as_torch_does() -> None:
     norm = nn.BatchNorm2d(3)
-    with trained_by_kernels(norm, half=False), pytest.raises(ValueError, match="Expected more than 1 value"):
+    with trained_by_kernels(norm, images(), half=False), pytest.raises(ValueError, match="Expected more than 1 value"):
         norm(torch.rand(1, 3, 1, 1))
 
 
@@ -182,14 +303,14 @@ def test_one_value_a_channel_is_refused_as_torch_does() -> None:
     ids=["two channels a group", "two results a channel", "dilated", "named padding", "reflecting", "large"],
 )
 def test_convolutions_that_are_left_to_torch(layer: nn.Conv2d) -> None:
-    with trained_by_kernels(layer, half=True):
+    with trained_by_kernels(layer, images(), half=True):
         assert type(layer) is nn.Conv2d
 
 
 def test_parametrized_weights_are_left_to_torch() -> None:
     layer = parametrizations.weight_norm(nn.Conv2d(4, 4, 5, groups=4))
     kind = type(layer)
-    with trained_by_kernels(layer, half=True):
+    with trained_by_kernels(layer, images(), half=True):
         assert type(layer) is kind
 
 
@@ -210,7 +331,7 @@ def test_twenty_steps_of_a_run_equal_the_plain_loop() -> None:
 @pytest.mark.slow
 def test_it_compiles() -> None:
     model = network().train()
-    with trained_by_kernels(model, half=False):
+    with trained_by_kernels(model, images(), half=False):
         eager = model(images())
         compiled = torch.compile(copy.deepcopy(model))(images())
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignfast.models.dataflow import changed_in_place, followed, has_hooks, paths_of
+from alignfast.models.dataflow import Followed, changed_in_place, followed, has_hooks, paths_of
 from tests import cases
 
 
@@ -43,8 +43,13 @@ def is_follower(part: nn.Module) -> bool:
 def pairs(module: nn.Module, *, backwards: bool = False) -> list[tuple[str, str]]:
     """Names of layers and their followers. backwards: the rectifiers are the layers."""
     names = {part: name for name, part in module.named_modules()}
+    found = found_in(module, backwards=backwards)
+    return [(names[one.layer], names[one.follower]) for one in found if not one.shared]
+
+
+def found_in(module: nn.Module, *, backwards: bool = False) -> list[Followed]:
     kinds = (is_follower, is_layer) if backwards else (is_layer, is_follower)
-    return [(names[one.layer], names[one.follower]) for one in followed(module, lambda: module(rows()), *kinds)]
+    return followed(module, lambda: module(rows()), *kinds)
 
 
 def keeping(one: Any, rows: Tensor) -> Tensor:
@@ -144,6 +149,8 @@ def test_names_of_followers_and_layers() -> None:
     net.again = net.follower
     assert pairs(net) == []
     assert paths_of(net)[net.layer] == ["layer", "alias"]
+    (one,) = found_in(net)
+    assert (one.layer, one.follower, one.shared) == (net.layer, net.follower, True)
     assert paths_of(net)[net] == [""]
 
 
@@ -154,8 +161,7 @@ def test_a_follower_that_is_given_its_input_by_name() -> None:
 
 def seen_by(module: nn.Module, *, backwards: bool = False) -> set[str]:
     names = {part: name for name, part in module.named_modules()}
-    kinds = (is_follower, is_layer) if backwards else (is_layer, is_follower)
-    (one,) = followed(module, lambda: module(rows()), *kinds)
+    (one,) = found_in(module, backwards=backwards)
     assert one.shape == (1, 3, 4, 5)
     return {names[part] for part in one.seen_by}
 

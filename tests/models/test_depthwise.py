@@ -155,7 +155,7 @@ def prepared(model: nn.Module, x: Tensor, precision: Any = "fp32") -> tuple[Clas
 
 def taken(module: nn.Module) -> int:
     """Rectifiers whose convolution does their work."""
-    return sum(part.left.taken for part in module.modules() if isinstance(part, ReLU6Left))
+    return sum(bool(part.unseen) for part in module.modules() if isinstance(part, ReLU6Left))
 
 
 def passes(module: nn.Module, x: Tensor, *, second: bool = True) -> list[Tensor]:
@@ -364,7 +364,7 @@ def test_a_rectifier_between_two_convolutions() -> None:
 
     plain, fused = forms(Odd(use, True).double(), images(side=8))
     assert taken(fused) == 1
-    assert fused.conv.after is fused.before.left
+    assert fused.conv.after is fused.before.unseen
     assert not isinstance(fused.other, KERNELS)
     for part in ("conv", "before", "other"):
         check_seen_alike(plain, fused, part, "forward", images(side=8))
