@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignfast.checks import check_choice, check_images
+from alignfast.models.attention import use_packed_attention
 from alignfast.models.checkpoint import fingerprint
 from alignfast.models.classifier import Classifier, as_classifier, evaluating, fit_size
 from alignfast.models.depthwise import Chain, chains_of, use_kernel
@@ -188,8 +189,10 @@ def shaped(model: Classifier, form: Form, chains: Sequence[Chain]) -> Classifier
         member.memory_format = layout
         for part in _attentions(member):
             setattr(part, FUSED, form.fused_attention)
-        if flat and next(member.parameters()).device.type in CPU_DEVICES:
-            use_kernel(member.module, chains)
+        if all(one.device.type in CPU_DEVICES for one in member.parameters()):
+            if flat:
+                use_kernel(member.module, chains)
+            use_packed_attention(member.module)
         keep_less(member.module)
         if form.compiled:
             member.module.compile(dynamic=False)
