@@ -112,7 +112,8 @@ def kl_div_with_logits():
     ]
     options += [("forward", "sum", "max", 3), ("jsd", "none", "min", 3)]
     inputs = [*product(cases.LOGITS, cases.DTYPES, [cases.contiguous])]
-    inputs += product([(5, 37), (64, 1000)], cases.DTYPES, cases.MATRIX_LAYOUTS)
+    inputs += product([(5, 37)], cases.DTYPES, cases.MATRIX_LAYOUTS)
+    inputs += product([(20, 1000)], cases.DTYPES, [cases.contiguous])
     for (shape, dtype, layout), (direction, reduction, combine, witnesses) in product(inputs, options):
         if witnesses and shape[-1] > 1000:
             continue
