@@ -42,8 +42,9 @@ ROUNDS, STILL_IN_THE_RACE = 3, 1.25
 class Form:
     """How the passes of a model are computed.
 
-    dtype: of weights and activations. channels_last: their layout. fused_attention: by torch's fused kernels, or by
-    two products with a softmax between them; None without attention of timm's. compiled: by torch.compile, once for
+    dtype: of weights and activations. channels_last: their layout. fused_attention: by torch's fused kernels, which
+    on CPUs compute in float32 at least, or by two products with a softmax between them; None without attention of
+    timm's. compiled: by torch.compile, once for
     each shape.
     """
 
