@@ -44,8 +44,7 @@ class Form:
 
     dtype: of weights and activations. channels_last: their layout. fused_attention: by torch's fused kernels, which
     on CPUs compute in float32 at least, or by two products with a softmax between them; None without attention of
-    timm's. compiled: by torch.compile, once for
-    each shape.
+    timm's. compiled: by torch.compile, once for each shape.
     """
 
     dtype: torch.dtype
