@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from alignfast.models.dataflow import has_hooks
-from alignfast.models.frozen import reclassed
+from alignfast.models.frozen import reclassed, signed
 
 # What an attention layer may have between the queries, keys and values and its product with them.
 BETWEEN = ("q_norm", "k_norm", "norm")
@@ -52,6 +52,7 @@ class _Attended(Function):
     width], and the logarithms of the sums that it divides by (Dao et al., NeurIPS 2022, section 3.1)."""
 
     @staticmethod
+    @signed
     def forward(packed: Tensor) -> tuple[Tensor, Tensor]:
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_apart(packed))
         return result.transpose(1, 2).flatten(2).to(packed.dtype), sums

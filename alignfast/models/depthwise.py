@@ -47,6 +47,8 @@ def chains_of(module: nn.Module, run: Callable[[], Any]) -> list[Chain]:
         run: passes through it.
     """
     paths = paths_of(module)
+    if not any(map(is_depthwise, paths)):
+        return []
     # What goes into those left out and comes out of them is the convolution's own, which the backward pass needs.
     changed = changed_in_place(module, run, _is_relu6)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from alignfast.models.image_gradient import image_gradient
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def keep_less(module: nn.Module) -> None:
@@ -25,8 +29,16 @@ def keep_less(module: nn.Module) -> None:
             module.set_submodule(name, reclassed(kind, part), strict=True)
 
 
+def signed(function: F) -> F:
+    """The forward pass of a Function, with its signature beside it: torch binds every call's arguments to it, and it
+    would be made anew each time, which takes twice as long as all else that is done for a small convolution."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
 class _Convolution(Function):
     @staticmethod
+    @signed
     def forward(
         images: Tensor,
         weight: Tensor,
@@ -65,6 +77,7 @@ class _Clip(Function):
     """To [0, 6], in place."""
 
     @staticmethod
+    @signed
     def forward(rows: Tensor) -> Tensor:
         return nn.functional.hardtanh_(rows, 0.0, 6.0)
 

@@ -754,3 +754,10 @@ def test_a_compiled_form() -> None:
     eager, compiled = (prepare(model, x, "fp32", compiled=form) for form in (False, True))
     assert taken(eager) == taken(compiled) == 2
     check_near(passes(compiled, x, second=False), passes(eager, x, second=False), 1e-5)
+
+
+def test_models_without_a_depthwise_layer_are_not_run() -> None:
+    def run() -> None:
+        raise AssertionError("passed through")
+
+    assert chains_of(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU6()), run) == []
