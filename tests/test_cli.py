@@ -566,7 +566,7 @@ def test_evaluate_refuses_an_unfinished_folder(tmp_path: Path, refused: Runner) 
 
 def test_an_interrupt_leaves_no_half_file(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "adv"
-    command = attack(photos, checkpoints[0], out, "--steps", "100", "--batch-size", "1", name="bim")
+    command = attack(photos, checkpoints[0], out, "--steps", "1000", "--batch-size", "1", name="bim")
     process = subprocess.Popen(
         [sys.executable, "-m", "alignfast", *command],
         stderr=subprocess.PIPE,
