@@ -21,6 +21,7 @@
 // Defined by any header of glibc.
 #if defined(__GLIBC__)
 #include <gnu/libc-version.h>
+#include <link.h>
 #include <malloc.h>
 #endif
 
@@ -99,10 +100,31 @@ Dl_info origin(const char* symbol) {
   return found;
 }
 
+#if defined(__GLIBC__)
+// The first of the loaded libraries that has malloc of its own, in the order in which calls find it. An executable at a
+// fixed address, such as Debian's Python, has an entry for it that its address leads to.
+Dl_info malloc_library() {
+  const link_map* map = nullptr;
+  void* self = dlopen(nullptr, RTLD_LAZY);
+  if (self == nullptr || dlinfo(self, RTLD_DI_LINKMAP, &map) != 0) return {};
+  for (map = map->l_next; map != nullptr; map = map->l_next) {
+    void* library = dlopen(map->l_name, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) continue;
+    Dl_info found{};
+    void* address = dlsym(library, "malloc");
+    const bool known = address != nullptr && dladdr(address, &found) != 0;
+    dlclose(library);
+    if (known && reinterpret_cast<uintptr_t>(found.dli_fbase) == map->l_addr) return found;
+  }
+  return {};
+}
+#endif
+
 // glibc with its version, or the file that serves malloc in its place, such as that of a preloaded jemalloc.
 std::string allocator() {
-  const Dl_info serving = origin("malloc");
+  Dl_info serving = origin("malloc");
 #if defined(__GLIBC__)
+  if (serving.dli_fbase == origin("Py_Main").dli_fbase) serving = malloc_library();
   if (serving.dli_fbase == origin("gnu_get_libc_version").dli_fbase) {
     return std::string("glibc ") + gnu_get_libc_version();
   }
