@@ -101,8 +101,18 @@ Dl_info origin(const char* symbol) {
 }
 
 #if defined(__GLIBC__)
-// The first of the loaded libraries that has malloc of its own, in the order in which calls find it. An executable at a
-// fixed address, such as Debian's Python, has an entry for it that its address leads to.
+// Whether a symbol's address leads to an entry of the executable from which calls go on to a library. One at a fixed
+// address, such as Debian's Python, has such entries.
+bool is_entry(const char* symbol) {
+  Dl_info found{};
+  ElfW(Sym)* entry = nullptr;
+  void* address = dlsym(RTLD_DEFAULT, symbol);
+  void** extra = reinterpret_cast<void**>(&entry);
+  return address != nullptr && dladdr1(address, &found, extra, RTLD_DL_SYMENT) != 0 && entry != nullptr &&
+         entry->st_shndx == SHN_UNDEF;
+}
+
+// The first of the loaded libraries that has malloc of its own, in the order in which calls find it.
 Dl_info malloc_library() {
   const link_map* map = nullptr;
   void* self = dlopen(nullptr, RTLD_LAZY);
@@ -124,7 +134,7 @@ Dl_info malloc_library() {
 std::string allocator() {
   Dl_info serving = origin("malloc");
 #if defined(__GLIBC__)
-  if (serving.dli_fbase == origin("Py_Main").dli_fbase) serving = malloc_library();
+  if (is_entry("malloc")) serving = malloc_library();
   if (serving.dli_fbase == origin("gnu_get_libc_version").dli_fbase) {
     return std::string("glibc ") + gnu_get_libc_version();
   }

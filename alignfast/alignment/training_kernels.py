@@ -84,27 +84,33 @@ class TrainedConv2dSame(Conv2dSame):
         return convolved(input, self, same_padding(input, self))
 
 
-class TrainedReLU(nn.ReLU):
-    """Has nothing to do for what a normalisation has just clipped for it."""
+class Spared(nn.Module):
+    """A rectifier that has nothing to do for the very tensor that a normalisation has just clipped for it; it may be
+    behind other layers as well."""
 
     clipped: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if _taken(input, self) else super().forward(input)
+        clipped, self.clipped = self.clipped, None
+        if clipped is input:
+            return input
+        rectified: Tensor = super().forward(input)
+        return rectified
 
 
-class TrainedReLU6(nn.ReLU6):
-    clipped: Tensor | None = None
+class TrainedReLU(Spared, nn.ReLU):
+    pass
 
-    def forward(self, input: Tensor) -> Tensor:
-        return input if _taken(input, self) else super().forward(input)
+
+class TrainedReLU6(Spared, nn.ReLU6):
+    pass
 
 
 @dataclass(frozen=True)
 class Behind:
     """The rectifier that is given what a normalisation returns."""
 
-    rectifier: TrainedReLU | TrainedReLU6
+    rectifier: Spared
     clip: tuple[float, float]
     unseen: Unseen
 
@@ -147,12 +153,6 @@ TRAINED: dict[type[nn.Module], type[nn.Module]] = {
 
 def _is_rectifier(part: nn.Module) -> bool:
     return type(part) in (nn.ReLU, nn.ReLU6)
-
-
-def _taken(images: Tensor, rectifier: TrainedReLU | TrainedReLU6) -> bool:
-    """Whether they are the very tensor that was clipped; a rectifier may be behind other layers as well."""
-    clipped, rectifier.clipped = rectifier.clipped, None
-    return clipped is images
 
 
 def _served(images: Tensor, layer: nn.BatchNorm2d) -> bool:

@@ -12,9 +12,6 @@ from torch.autograd import Function
 from alignfast.models.dataflow import has_hooks
 from alignfast.models.frozen import reclassed, signed
 
-# What an attention layer may have between the queries, keys and values and its product with them.
-BETWEEN = ("q_norm", "k_norm", "norm")
-
 
 def use_packed_attention(module: nn.Module) -> None:
     """Exchange, in place, timm's attention layers for those that keep queries, keys and values together.
@@ -40,7 +37,7 @@ class PackedAttention(Attention):
         return dropped
 
     def _served(self, x: Tensor) -> bool:
-        between = [self.get_submodule(name) for name in BETWEEN]
+        between = (self.q_norm, self.k_norm, self.norm)
         plain = all(type(part) is nn.Identity and not has_hooks(part) for part in between)
         # torch.nn.attention.sdpa_kernel asks for other kernels.
         fused = self.fused_attn and torch.backends.cuda.flash_sdp_enabled()

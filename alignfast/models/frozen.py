@@ -32,7 +32,7 @@ def keep_less(module: nn.Module) -> None:
 def signed(function: F) -> F:
     """The forward pass of a Function, with its signature beside it: torch binds every call's arguments to it, and it
     would be made anew each time, which takes twice as long as all else that is done for a small convolution."""
-    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    vars(function)["__signature__"] = inspect.signature(function)
     return function
 
 

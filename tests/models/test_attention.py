@@ -10,12 +10,12 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alignfast.models import attention as ours
 from alignfast.models.attention import PackedAttention, use_packed_attention
 from tests import cases
+from tests.models.test_frozen import kept
 
 pytestmark = pytest.mark.cpu_only
 
@@ -90,18 +90,13 @@ def test_half_precision_is_as_near_to_float64_as_that_of_timm(dtype: torch.dtype
 
 
 def test_it_keeps_no_more_for_the_backward_pass() -> None:
-    kept: dict[int, dict[int, int]] = {}
-    for place, module in enumerate(both()):
-        sizes = kept.setdefault(place, {})
+    plain, packed = both()
+    assert 0 < kept(packed, tokens()) <= kept(plain, tokens())
 
-        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = module(tokens().requires_grad_())
-        del result
-    assert sum(kept[1].values()) <= sum(kept[0].values())
+def straight(layer: Any, rows: Tensor, **options: bool) -> Tensor:
+    result: Tensor = layer(rows, **options)
+    return result
 
 
 def a_mask(layer: Any, rows: Tensor) -> Tensor:
@@ -109,28 +104,23 @@ def a_mask(layer: Any, rows: Tensor) -> Tensor:
     return result
 
 
-LAYERS: dict[str, Any] = {
-    "norms of queries and keys": partial(Attention, WIDTH, HEADS, qk_norm=True, norm_layer=nn.LayerNorm),
-    "a norm before the projection": partial(Attention, WIDTH, HEADS, scale_norm=True, norm_layer=nn.LayerNorm),
-    "a gate": partial(Attention, WIDTH, HEADS, gated=True),
+# The layer, and how it is called.
+MORE: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "norms of queries and keys": (partial(Attention, WIDTH, HEADS, qk_norm=True, norm_layer=nn.LayerNorm), straight),
+    "a norm before the projection": (
+        partial(Attention, WIDTH, HEADS, scale_norm=True, norm_layer=nn.LayerNorm),
+        straight,
+    ),
+    "a gate": (partial(Attention, WIDTH, HEADS, gated=True), straight),
+    "a mask": (partial(Attention, WIDTH, HEADS, qkv_bias=True), a_mask),
+    "no sight ahead": (partial(Attention, WIDTH, HEADS, qkv_bias=True), partial(straight, is_causal=True)),
 }
-CALLS: dict[str, Any] = {
-    "a mask": a_mask,
-    "no sight ahead": lambda layer, rows: layer(rows, is_causal=True),
-}
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_with_more_in_them_are_left_to_timm(name: str, served: list[int]) -> None:
-    plain, packed = both(LAYERS[name]())
-    for found, wanted in zip(passes(packed, tokens()), passes(plain, tokens()), strict=True):
-        assert torch.equal(found, wanted)
-    assert served == []
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_calls_with_more_in_them_are_left_to_timm(name: str, served: list[int]) -> None:
-    plain, packed = (partial(CALLS[name], module[0]) for module in both())
+@pytest.mark.parametrize("name", MORE)
+def test_what_has_more_in_it_is_left_to_timm(name: str, served: list[int]) -> None:
+    make, call = MORE[name]
+    plain, packed = (partial(call, module[0]) for module in both(make()))
     for found, wanted in zip(passes(packed, tokens()), passes(plain, tokens()), strict=True):
         assert torch.equal(found, wanted)
     assert served == []
