@@ -566,12 +566,17 @@ def test_evaluate_refuses_an_unfinished_folder(tmp_path: Path, refused: Runner) 
 
 def test_an_interrupt_leaves_no_half_file(photos: Path, checkpoints: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "adv"
-    command = attack(photos, checkpoints[0], out, "--steps", "1000", "--batch-size", "1", name="bim")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "alignfast", *command],
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = attack(photos, checkpoints[0], out, "--steps", "100", "--batch-size", "1", name="bim")
+    # A job that a shell runs in the background ignores interrupts, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "alignfast", *command],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 100
     while not list(out.glob("images/*.png")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
