@@ -298,6 +298,8 @@ def test_align_with_all_that_it_takes(photos: Path, checkpoints: tuple[str, str]
         "rkd-dev=0.5",
         "--embedding",
         "hint",
+        "--output",
+        "jsd=0.5",
         "--lambda-self",
         "0.1",
         "--warmup",
@@ -305,13 +307,15 @@ def test_align_with_all_that_it_takes(photos: Path, checkpoints: tuple[str, str]
         "--ema",
         "0.9",
     ]
-    more += ["--perturb", "pgd", "--perturb-param", "eps=4/255", "--perturb-param", "steps=1", "--accumulate", "2"]
+    more += ["--perturb-param", "eps=4/255", "--perturb-param", "steps=1", "--accumulate", "2"]
     more += ["--held-out", str(photos), "--check-every", "2", "--channels-last", "--batch-norm", "recalibrate"]
     assert cli.run(align_options(photos, checkpoints, out, *more)) == 0
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert len(history) == 3
-    assert {"rkd", "hint", "self", "kd", "grad_norm"} <= history[0].keys()
+    assert {"rkd", "hint", "jsd", "self", "kd", "grad_norm"} <= history[0].keys()
     assert "gradient_cosine" in history[1]
+    perturb = json.loads((out / "config.json").read_text())["perturb"]
+    assert (perturb["name"], perturb["steps"]) == ("pgd", 1)
 
 
 def test_align_keeps_what_witnesses_say_of_fixed_views(
@@ -334,6 +338,7 @@ def test_align_keeps_what_witnesses_say_of_fixed_views(
     ("more", "message"),
     [
         (["--embedding", "rkt"], "embedding: got 'rkt' (did you mean 'rkd'?)"),
+        (["--output", "jds"], "output: got 'jds' (did you mean 'jsd'?)"),
         (["--embedding", "rkd=x"], "embedding: got 'rkd=x'; allowed is NAME or NAME=WEIGHT"),
         (["--witness-cache", "cache"], "witness-cache: got one without --fixed-views"),
         (["--perturb", "pgdd"], "perturb.name: got 'pgdd' (did you mean 'pgd'?)"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from alignfast.alignment.embeddings import EmbeddingLoss
-from alignfast.alignment.outputs import OUTPUTS, Output
+from alignfast.alignment.outputs import OUTPUTS, Output, OutputLoss
 from alignfast.checks import check_choice, check_count, check_number
 from alignfast.ops.kl_div_with_logits import Combine, Direction
 
@@ -20,13 +20,14 @@ SCHEDULES = ("cosine", "constant")
 class AlignConfig:
     """How to align; the defaults are the paper's recipe for a ResNet-50 (Ma et al., ECCV 2024).
 
-    The loss is lambda_kd * loss of the predictions + sum of weight * loss over `embeddings` + lambda_cls *
-    cross_entropy(source, labels) + lambda_self * KL(source as it was || source).
+    The loss is lambda_kd * loss of the predictions + sum of weight * loss over `outputs` and `embeddings` + lambda_cls
+    * cross_entropy(source, labels) + lambda_self * KL(source as it was || source).
 
     Args:
         temperature: T of the loss of predictions, greater than 0.
         loss: of predictions: "kl", or "mse" or "l1" between probabilities, see `output_loss`.
         direction: of the divergence, see `kl_div_with_logits`. combine: over several witnesses, per sample.
+        outputs: further losses of predictions, see `OUTPUT_LOSSES`.
         embeddings: losses between penultimate features, see `EMBEDDINGS`; of several witnesses, their mean.
         source_layer, witness_layer: names of the layers that give these features; None for what the last linear
             layer is given.
@@ -60,6 +61,7 @@ class AlignConfig:
     loss: Output = "kl"
     direction: Direction = "forward"
     combine: Combine = "mean"
+    outputs: tuple[OutputLoss, ...] = ()
     embeddings: tuple[EmbeddingLoss, ...] = ()
     source_layer: str | None = None
     witness_layer: str | None = None
@@ -89,8 +91,8 @@ class AlignConfig:
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         check_choice("loss", self.loss, OUTPUTS)
-        check_choice("direction", self.direction, ("forward", "reverse", "symmetric", "jsd"))
-        check_choice("combine", self.combine, ("mean", "max", "min"))
+        check_choice("direction", self.direction, get_args(Direction))
+        check_choice("combine", self.combine, get_args(Combine))
         for name in ("lambda_kd", "lambda_cls", "lambda_self", "momentum", "weight_decay"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("lr", self.lr, low=0.0, open_low=True)
@@ -109,6 +111,9 @@ class AlignConfig:
             check_number("clip_norm", self.clip_norm, low=0.0, open_low=True)
         if self.ema is not None:
             check_number("ema", self.ema, low=0.0, high=1.0)
+        for output in self.outputs:
+            if not isinstance(output, OutputLoss):
+                raise ValueError(f"outputs: got {output!r}; allowed are losses such as OUTPUT_LOSSES['jsd']")
         for embedding in self.embeddings:
             if not isinstance(embedding, EmbeddingLoss):
                 raise ValueError(f"embeddings: got {embedding!r}; allowed are losses such as EMBEDDINGS['rkd']")
@@ -119,4 +124,5 @@ class AlignConfig:
 
     @property
     def needs_witnesses(self) -> bool:
-        return self.lambda_kd > 0 or any(embedding.weight > 0 for embedding in self.embeddings)
+        beside = [loss.weight for loss in self.outputs] + [loss.weight for loss in self.embeddings]
+        return self.lambda_kd > 0 or any(weight > 0 for weight in beside)

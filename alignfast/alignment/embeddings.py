@@ -232,7 +232,7 @@ class CCL(NCE):
     """Compositional contrastive learning (Chen et al., CVPR 2021), in the form of the reference code: the part of NCE.
 
     The other part, KL(p || q) / 2 + KL(q || p) / 2 of the predictions at T = 1, is a loss between outputs and belongs
-    there: `output_loss` of kind "kl" with temperature 1 and direction "symmetric".
+    there: `OutputLoss("kl", "symmetric", temperature=1.0)`.
     """
 
 

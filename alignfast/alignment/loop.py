@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -85,7 +85,7 @@ def align(
         held_out: batches as of `loader`, which are not trained on, for a stand-in for transfer, see `Proxy`.
         clean: batches as of `loader`, for clean accuracy; None for `held_out`, or else the first images trained on.
         perturb: from the model that is aligned, an attack on it whose adversarial images are trained on, such as
-            `functools.partial(alignfast.attacks.PGD, eps=4/255, alpha=1/255, steps=3)`.
+            `alignfast.attacks.PGD` or `functools.partial(alignfast.attacks.PGD, eps=4/255, alpha=1/255, steps=3)`.
         cache: keeps the witnesses' logits on disk, by data-set index, for a loader that shows the same view of an image
             in every pass; without `perturb`.
         snapshots: where and how often the state of the run is written. On SIGTERM it is written after the step, and the
@@ -105,7 +105,8 @@ def align(
 
     Raises:
         ValueError: witnesses of other classes, images outside [0, 1] or of another size, a loader without images, a
-            source without trainable parameters, `resume` without snapshots or with one of another run.
+            source without trainable parameters, `resume` without snapshots or with one of another run, which is told
+            by models, config, ranks and what a loader says of itself, but not by its images.
             FloatingPointError: a loss or, but for fp16, a gradient that is not finite; the source passed in is then
             unchanged unless `in_place`, and so are the snapshots.
     """
@@ -176,8 +177,8 @@ def fit(
     """
     total, ranks = total_steps(loader, config), current()
     loader = _of_rank(loader, ranks)
-    named = {"source": fingerprint(model), "witnesses": [fingerprint(one) for one in witnesses], "steps": total}
-    named |= {"config": repr(config), "ranks": ranks.world}
+    named = _named(config) | {"source": fingerprint(model), "witnesses": [fingerprint(one) for one in witnesses]}
+    named |= {"steps": total, "ranks": ranks.world} | _named_loader(loader)
     state = snapshots.latest(named) if snapshots is not None and resume else None
     with (
         keeping_generators(_cuda_devices(model)),
@@ -223,6 +224,25 @@ def fit(
             if config.batch_norm == "recalibrate":
                 _recalibrate(model, loader)
     return run.history
+
+
+def _named(config: AlignConfig) -> dict[str, Any]:
+    """The settings as a snapshot can hold them."""
+    return {name: repr(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+
+
+def _named_loader(loader: Iterable[Any]) -> dict[str, Any]:
+    """What can be told of a loader without reading it."""
+    if isinstance(loader, Loader):
+        settings = loader.settings
+    else:
+        images = getattr(loader, "dataset", None)
+        settings = {
+            "images": len(images) if isinstance(images, Sized) else None,
+            "batch_size": getattr(loader, "batch_size", None),
+            "batches": len(loader) if isinstance(loader, Sized) else None,
+        }
+    return {f"loader's {name}": value for name, value in settings.items()}
 
 
 def _steps(

@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from alignfast.checks import check_choice
+from alignfast.checks import check_choice, check_number
 from alignfast.ops import kl_div_with_logits
 from alignfast.ops.kl_div_with_logits import Combine, Direction, _check
 from alignfast.reference.kl_div_with_logits import LOWEST_LOGIT
 
-__all__ = ["OUTPUTS", "Output", "output_loss"]
+__all__ = ["OUTPUTS", "OUTPUT_LOSSES", "Output", "OutputLoss", "output_loss"]
 
 Output = Literal["kl", "mse", "l1"]
 OUTPUTS: tuple[Output, ...] = ("kl", "mse", "l1")
+
+
+@dataclass(frozen=True)
+class OutputLoss:
+    """One loss of predictions among several, see `output_loss`.
+
+    Args:
+        kind: "kl", "mse" or "l1". direction: of "kl" only.
+        temperature: T, greater than 0; None for that of the alignment.
+        weight: of this loss beside the others, at least 0.
+
+    Raises:
+        ValueError: an argument outside what is allowed.
+    """
+
+    kind: Output = "kl"
+    direction: Direction = "forward"
+    temperature: float | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, OUTPUTS)
+        check_choice("direction", self.direction, get_args(Direction))
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_number("weight", self.weight, low=0.0)
+
+    @property
+    def name(self) -> str:
+        """As in `OUTPUT_LOSSES`."""
+        return self.direction if self.kind == "kl" and self.direction != "forward" else self.kind
+
+
+OUTPUT_LOSSES: dict[str, OutputLoss] = {
+    loss.name: loss
+    for loss in (
+        OutputLoss("kl"),
+        OutputLoss("kl", "reverse"),
+        OutputLoss("kl", "symmetric"),
+        OutputLoss("kl", "jsd"),
+        OutputLoss("mse"),
+        OutputLoss("l1"),
+    )
+}
 
 
 def output_loss(

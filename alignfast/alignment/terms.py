@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain, count
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from alignfast.alignment.cache import WitnessCache
 from alignfast.alignment.config import AlignConfig
 from alignfast.alignment.embeddings import EmbeddingLoss
 from alignfast.alignment.features import Watched, watching
-from alignfast.alignment.outputs import output_loss
+from alignfast.alignment.outputs import OutputLoss, output_loss
 from alignfast.alignment.witnesses import Witnesses
 from alignfast.data import Batch
 from alignfast.models import Classifier, evaluating
@@ -48,9 +49,10 @@ class Student(nn.Module):
 
 
 class Terms:
-    """The loss of a batch and its terms, by name: kd, cls, self, and an embedding loss by the name of its class.
+    """The loss of a batch and its terms; made by `terms_of`.
 
-    Made by `terms_of`.
+    Their names: kd, cls, self, of a further loss of predictions its own, of an embedding loss that of its class. A
+    second one of a name is as "jsd 2".
     """
 
     def __init__(
@@ -115,7 +117,13 @@ class Terms:
         if self._witnesses is not None:
             taught = self._witnesses.logits(images, None if self._perturbed else batch.indices)
             if config.lambda_kd:
-                weighted.append((config.lambda_kd, "kd", self._output_loss(logits, taught)))
+                first = OutputLoss(config.loss, config.direction)
+                weighted.append((config.lambda_kd, "kd", self._output_loss(first, logits, taught)))
+            weighted += [
+                (loss.weight, loss.name, self._output_loss(loss, logits, taught))
+                for loss in config.outputs
+                if loss.weight
+            ]
             if embedding is not None:
                 weighted += self._embedding_losses(embedding, projected, labels)
         if config.lambda_cls:
@@ -124,16 +132,19 @@ class Terms:
             before = self._original.logits(images)[0]
             weighted.append((config.lambda_self, "self", kl_div_with_logits(logits, before, config.temperature)))
         loss = torch.stack([weight * term for weight, _, term in weighted]).sum()
-        return {"loss": loss} | {name: term for _, name, term in weighted}
+        found = {"loss": loss}
+        for _, name, term in weighted:
+            found[_free(name, found)] = term
+        return found
 
-    def _output_loss(self, logits: Tensor, taught: Tensor) -> Tensor:
+    def _output_loss(self, loss: OutputLoss, logits: Tensor, taught: Tensor) -> Tensor:
         config = self._config
         return output_loss(
             logits,
             taught if len(taught) > 1 else taught[0],
-            kind=config.loss,
-            temperature=config.temperature,
-            direction=config.direction,
+            kind=loss.kind,
+            temperature=config.temperature if loss.temperature is None else loss.temperature,
+            direction=loss.direction,
             combine=config.combine,
         )
 
@@ -151,6 +162,10 @@ class Terms:
 
 def name_of(loss: EmbeddingLoss) -> str:
     return type(loss).__name__.lower()
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    return next(one for one in chain([name], (f"{name} {place}" for place in count(2))) if one not in taken)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -15,7 +16,7 @@ from alignfast.alignment.cache import WitnessCache, witness_key
 from alignfast.alignment.config import BATCH_NORMS, OPTIMIZERS, PRECISIONS
 from alignfast.alignment.embeddings import EMBEDDINGS, EmbeddingLoss
 from alignfast.alignment.logs import JsonLines, Log, TensorBoard
-from alignfast.alignment.outputs import OUTPUTS
+from alignfast.alignment.outputs import OUTPUT_LOSSES, OUTPUTS, OutputLoss
 from alignfast.attacks import create
 from alignfast.checks import check_choice, check_device
 from alignfast.commands.options import (
@@ -40,10 +41,14 @@ from alignfast.files import claim_folder, write_json
 from alignfast.models import save_checkpoint
 from alignfast.versions import package_versions
 
+Loss = TypeVar("Loss", OutputLoss, EmbeddingLoss)
+
+# Without a name.
+PERTURBED_BY = "pgd"
 # Images of the data and of the held-out ones on which an alignment is measured.
 MOST_SHOWN = 256
 # Settings of the alignment that are given by options of the same names.
-SETTINGS = {field.name for field in fields(AlignConfig)} - {"embeddings", "nesterov", "compile"}
+SETTINGS = {field.name for field in fields(AlignConfig)} - {"outputs", "embeddings", "nesterov", "compile"}
 
 
 @by_ranks
@@ -71,6 +76,10 @@ def align_command(
     loss: Annotated[str, typer.Option(help=f"Of predictions: {', '.join(OUTPUTS)}.")] = AlignConfig.loss,
     direction: Annotated[str, typer.Option(help="forward, reverse, symmetric or jsd.")] = AlignConfig.direction,
     combine: Annotated[str, typer.Option(help="Several witnesses: mean, max or min.")] = AlignConfig.combine,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A further loss of predictions, NAME[=WEIGHT]; repeat: {', '.join(OUTPUT_LOSSES)}."),
+    ] = None,
     embedding: Annotated[
         list[str] | None, typer.Option(help=f"NAME[=WEIGHT], repeat for several: {', '.join(EMBEDDINGS)}.")
     ] = None,
@@ -89,9 +98,12 @@ def align_command(
         bool, typer.Option("--channels-last", help="The layout of weights and images; on a CPU, the fast one.")
     ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="The source's pass by torch.compile.")] = False,
-    perturb: Annotated[str | None, typer.Option(help="Align on images after this attack, a name of --list.")] = None,
+    perturb: Annotated[
+        str | None, typer.Option(help="Align on images after this attack, a name of alignfast attack --list.")
+    ] = None,
     perturb_param: Annotated[
-        list[str] | None, typer.Option(help="A parameter of that attack as NAME=VALUE; repeat.")
+        list[str] | None,
+        typer.Option(help=f"A parameter of that attack, or else of {PERTURBED_BY}, as NAME=VALUE; repeat."),
     ] = None,
     crop_scale: Annotated[float, typer.Option(help="Least area of the random crops, in (0, 1].")] = 0.08,
     fixed_views: Annotated[bool, typer.Option("--fixed-views", help="The same crops in every pass.")] = False,
@@ -116,7 +128,8 @@ def align_command(
     given = locals()
     config = AlignConfig(
         **{name: given[name] for name in SETTINGS},
-        embeddings=tuple(map(_embedding, embedding or [])),
+        outputs=tuple(_weighted("output", one, OUTPUT_LOSSES) for one in output or []),
+        embeddings=tuple(_weighted("embedding", one, EMBEDDINGS) for one in embedding or []),
         nesterov=momentum > 0,
         compile=compile_,
     )
@@ -127,9 +140,9 @@ def align_command(
         )
     if witness_cache is not None and not fixed_views:
         raise ValueError("witness-cache: got one without --fixed-views; allowed with it only")
-    attacked = (
-        None if perturb is None else attack_spec("perturb", {"name": perturb} | parameters_given(perturb_param or []))
-    )
+    attacked = None
+    if perturb or perturb_param:
+        attacked = attack_spec("perturb", {"name": perturb or PERTURBED_BY} | parameters_given(perturb_param or []))
     place = check_device(device)
     dataset = load_dataset(data, num_classes=num_classes)
     on_main(lambda: verify(dataset))
@@ -159,6 +172,7 @@ def align_command(
         "fixed_views": fixed_views,
         "perturb": attacked,
         **asdict(config),
+        "outputs": [repr(one) for one in config.outputs],
         "embeddings": [repr(one) for one in config.embeddings],
         "versions": package_versions(),
     }
@@ -200,17 +214,17 @@ def align_command(
     )
 
 
-def _embedding(given: str) -> EmbeddingLoss:
-    """NAME or NAME=WEIGHT."""
+def _weighted(option: str, given: str, losses: Mapping[str, Loss]) -> Loss:
+    """The loss of NAME or NAME=WEIGHT."""
     name, equals, weight = given.partition("=")
-    loss = EMBEDDINGS[check_choice("embedding", name, EMBEDDINGS)]
+    loss = losses[check_choice(option, name, losses)]
     if not equals:
         return loss
     try:
         return replace(loss, weight=float(weight))
     except ValueError as error:
         raise ValueError(
-            f"embedding: got {given!r}; allowed is NAME or NAME=WEIGHT with a weight of at least 0"
+            f"{option}: got {given!r}; allowed is NAME or NAME=WEIGHT with a weight of at least 0"
         ) from error
 
 

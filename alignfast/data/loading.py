@@ -83,6 +83,17 @@ class Loader:
         return divided
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which images are in which batch, but for the rank; images: None where they cannot be told."""
+        return {
+            "images": None if is_stream(self.dataset) else len(self.dataset),
+            "batch_size": self.batch_size,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "drop_last": self._drop_last,
+        }
+
+    @property
     def images(self) -> int:
         """Images in one pass over this loader, of an indexable data set: those of this rank alone."""
         return sum(0 if part.empty else len(part.items) for part in self._order())

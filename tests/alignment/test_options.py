@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_so
 from alignfast.alignment import AlignConfig, AlignResult, align
 from alignfast.alignment.embeddings import EMBEDDINGS, RKD, EmbeddingLoss, Hint
 from alignfast.alignment.logs import JsonLines, TensorBoard
+from alignfast.alignment.outputs import OUTPUT_LOSSES, OutputLoss, output_loss
 from alignfast.attacks import PGD
 from alignfast.models import Classifier, Ensemble
 from tests.alignment.test_align import BATCH, CLASSES, STEPS, batches, classifier, config_of, distance
@@ -122,6 +123,33 @@ def test_the_source_as_it_was_holds_it() -> None:
         reduction="batchmean",
     )
     assert moved.history[0]["self"] == pytest.approx(float(expected.detach()), rel=1e-3)
+
+
+def test_losses_of_predictions_are_summed() -> None:
+    outputs = (OutputLoss("mse", weight=10.0), OutputLoss("kl", "symmetric", 1.0, 0.5), OutputLoss("kl", "symmetric"))
+    entry = run(config_of(outputs=outputs, temperature=2.0, combine="max")).history[0]
+    student, images = classifier(0).train(), batches()[0][0]
+    logits = student.logits(images).detach()
+    taught = torch.stack([classifier(11).eval().logits(images).detach()])
+    each = {
+        "kd": output_loss(logits, taught, temperature=2.0),
+        "mse": output_loss(logits, taught, kind="mse", temperature=2.0),
+        "symmetric": output_loss(logits, taught, temperature=1.0, direction="symmetric"),
+        "symmetric 2": output_loss(logits, taught, temperature=2.0, direction="symmetric"),
+    }
+    for name, wanted in each.items():
+        assert entry[name] == pytest.approx(float(wanted), rel=1e-4), name
+    weighted = each["kd"] + 10 * each["mse"] + 0.5 * each["symmetric"] + each["symmetric 2"]
+    assert entry["loss"] == pytest.approx(float(weighted), rel=1e-4)
+
+
+def test_a_loss_of_predictions_alone_is_the_first_of_that_kind() -> None:
+    alone = run(config_of(lambda_kd=0.0, outputs=(OUTPUT_LOSSES["jsd"], OutputLoss("l1", weight=0.0))))
+    wanted = run(config_of(direction="jsd"))
+    assert all("l1" not in entry and entry["kd"] is None for entry in alone.history)
+    assert [entry["loss"] for entry in alone.history] == [entry["loss"] for entry in wanted.history]
+    with pytest.raises(ValueError, match="outputs: got 'jsd'"):
+        config_of(outputs=("jsd",))
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
 
-from alignfast.alignment.outputs import OUTPUTS, output_loss
+from alignfast.alignment.outputs import OUTPUTS, OutputLoss, output_loss
 from alignfast.ops import kl_div_with_logits
 from tests.attacks.no_sync import NoSync
 
@@ -174,3 +174,17 @@ def test_tensors_that_do_not_go_together(kind: Any) -> None:
         output_loss(logits(N, C), logits(N, C).long(), kind=kind)
     with pytest.raises(ValueError, match="teacher: on meta; allowed is the device of student, cpu"):
         output_loss(logits(N, C), logits(N, C).to("meta"), kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "ce"}, "kind: got 'ce'"),
+        ({"direction": "backward"}, "direction: got 'backward'"),
+        ({"temperature": 0.0}, "temperature: got 0"),
+        ({"weight": -1.0}, "weight: got -1"),
+    ],
+)
+def test_one_of_several_is_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OutputLoss(**changes)

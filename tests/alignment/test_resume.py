@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from alignfast.alignment import AlignConfig, AlignResult, Snapshots, align
 from alignfast.alignment.embeddings import EMBEDDINGS
@@ -189,16 +189,37 @@ def test_snapshots_of_another_run_are_refused_with_what_differs(tmp_path: Path) 
     quick(tmp_path)
     kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for options, message in (
-        ({"config": config_of(lr=0.01)}, r"is of another run \(config: .*lr=0\.05.* there, .*lr=0\.01.* here\)"),
+        ({"config": config_of(lr=0.01)}, r"is of another run \(lr: 0\.05 there, 0\.01 here\)"),
         ({"config": config_of(steps=4)}, r"steps: 9 there, 4 here"),
     ):
         with pytest.raises(ValueError, match=message):
             quick(tmp_path, resume=True, **options)
     with pytest.raises(ValueError, match=r"source: '\w+' there, '\w+' here"):
         align(classifier(3), classifier(11), batches(9), config_of(), snapshots=Snapshots(tmp_path), resume=True)
+    with pytest.raises(ValueError, match=r"\(loader's batches: 9 there, 10 here\)"):
+        align(
+            classifier(0), classifier(11), batches(10), config_of(steps=9), snapshots=Snapshots(tmp_path), resume=True
+        )
     with pytest.raises(ValueError, match="resume: got True without snapshots"):
         align(classifier(0), classifier(11), batches(9), config_of(), resume=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("name", ["images", "batch_size", "shuffle", "seed", "drop_last"])
+def test_a_loader_of_other_batches_is_refused(name: str, tmp_path: Path) -> None:
+    dataset = own(tmp_path).dataset
+    settings: dict[str, Any] = {"batch_size": 6, "shuffle": True, "seed": 1}
+    others = {"images": Subset(dataset, range(36)), "batch_size": 7, "shuffle": False, "seed": 2, "drop_last": True}
+
+    def run(data: Any, settings: dict[str, Any]) -> AlignResult:
+        snapshots = Snapshots(tmp_path / "snapshots", every=1)
+        config = config_of(steps=2)
+        return align(classifier(0), classifier(11), loader(data, **settings), config, snapshots=snapshots, resume=True)
+
+    run(dataset, settings)
+    other = (others[name], settings) if name == "images" else (dataset, settings | {name: others[name]})
+    with pytest.raises(ValueError, match=f"is of another run .loader's {name}: "):
+        run(*other)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_snapshot(tmp_path: Path) -> None:
