@@ -210,6 +210,26 @@ def _check_depthwise_conv2d(device: str) -> None:
         _compare(f"gradient of {name}", one, other, 1e-5)
 
 
+def _check_inverted_residual(device: str) -> None:
+    """Result and gradient against torch's own in float64, of eighths; for CPUs alone."""
+    if device != "cpu":
+        return
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((2, 3, 7, 6), (50, 3, 1, 1), (50,), (50, 1, 3, 3), (50,), (4, 50, 1, 1), (4,), (2, 4, 4, 6))
+    images, *weights, incoming = (torch.randint(-8, 9, shape, generator=generator) / 8 for shape in shapes)
+    around: dict[str, Any] = {"stride": (2, 1), "padding": (1, 1, 1, 1), "clip": (-1.0, 1.0)}
+    given, expected = images.clone().requires_grad_(), images.double().requires_grad_()
+    result = ops.inverted_residual(given, ops.PackedResidual.of(*weights), **around)
+    expand, expand_bias, depthwise, depthwise_bias, project, bias = (weight.double() for weight in weights)
+    conv, clip = torch.nn.functional.conv2d, torch.nn.functional.hardtanh
+    between = clip(conv(expected, expand, expand_bias))
+    between = clip(conv(between, depthwise, depthwise_bias, stride=(2, 1), padding=1, groups=50))
+    wanted = conv(between, project, bias)
+    _compare("result", result.detach(), wanted.detach(), 1e-5)
+    (gradient,) = torch.autograd.grad(result, given, incoming)
+    _compare("gradient", gradient, torch.autograd.grad(wanted, expected, incoming.double())[0], 1e-4)
+
+
 def _check_batch_norm(device: str) -> None:
     """Result, statistics and gradients against the formula in float64."""
     generator = torch.Generator().manual_seed(4)
@@ -266,6 +286,7 @@ SELF_TESTS: dict[str, Callable[[str], None]] = {
     "sign_step": _check_sign_step,
     "smooth": _check_smooth,
     "depthwise_conv2d": _check_depthwise_conv2d,
+    "inverted_residual": _check_inverted_residual,
     "batch_norm": _check_batch_norm,
     "philox_uniform": _check_philox_uniform,
 }

@@ -75,6 +75,34 @@ def depthwise_conv2d_weight(grad: Sizes, images: Sizes, *others: Any, out_shape:
     return _meetings(grad, out_shape)
 
 
+@register_flop_formula(torch.ops.alignfast.inverted_residual)
+def inverted_residual(
+    images: Sizes,
+    entering: Sizes,
+    entering_bias: Sizes,
+    depthwise: Sizes,
+    depthwise_bias: Sizes,
+    leaving: Sizes,
+    *others: Any,
+    out_shape: tuple[Sizes, ...],
+    **named: Any,
+) -> int:
+    """Of three convolutions, with the channels that fill up the last block of those between."""
+    result = out_shape[0]
+    return _meetings(images, entering) + _meetings(result, depthwise) + _meetings(result, [*leaving[:2], result[1]])
+
+
+@register_flop_formula(torch.ops.alignfast.inverted_residual_linear)
+def inverted_residual_linear(
+    images: Sizes, entering: Sizes, depthwise: Sizes, leaving: Sizes, *others: Any, out_shape: Sizes, **named: Any
+) -> int:
+    """Its depthwise weights meet each position on the smaller side."""
+    smaller = min(images, out_shape, key=lambda shape: prod(shape[2:]))
+    return (
+        _meetings(images, entering) + _meetings(smaller, depthwise) + _meetings(out_shape, [*leaving[:2], out_shape[1]])
+    )
+
+
 def _meetings(images: Sizes, weight: Sizes) -> int:
     return 2 * images[0] * prod(images[2:]) * prod(weight)
 

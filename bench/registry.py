@@ -316,6 +316,22 @@ OP_CASES: tuple[Case, ...] = (
     *_grid("sign_step", STEPS, IMAGES, {"eager": 5.0, "compiled": 2.5, "copy": 0.6}),
     *_grid("smooth", {"15x15": work.smooth}, IMAGES, {"eager": 3.0}),
     *_convolutions(),
+    # In bfloat16 the expression rounds what lies between, and so decides otherwise what passes a rectifier.
+    *_grid(
+        "inverted_residual",
+        {"forward": work.inverted_residual},
+        [ACTIVATIONS],
+        {"eager": 1.5},
+        devices=["cpu"],
+    ),
+    *_grid(
+        "inverted_residual",
+        {"backward": partial(work.inverted_residual, gradient=True)},
+        [ACTIVATIONS],
+        {"eager": 1.5},
+        dtypes=["fp32"],
+        devices=["cpu"],
+    ),
     *_grid(
         "batch_norm",
         {way: partial(work.batch_norm, backward=way == "backward") for way in ("forward", "backward")},

@@ -215,6 +215,67 @@ def depthwise_conv2d(
     )
 
 
+def inverted_residual(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gradient: bool = False
+) -> Work:
+    """With a 3 x 3 kernel, of channels-last images with a sixth as many channels as `shape`, which lies between.
+
+    Reads the images and writes the result, or the gradients of both; what bounds it is arithmetic. Weights and what is
+    kept for the gradient, a bit for each value between, are not counted.
+    """
+    between, narrow = shape[1], max(1, shape[1] // 6)
+
+    def eighths(shape: tuple[int, ...], seed: int, limit: float = 1.0) -> Tensor:
+        return (8 * uniform(shape, seed, -limit, limit, device=device)).floor() / 8
+
+    def chain(images: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor) -> Tensor:
+        first, second = (bias.to(images.dtype) for bias in biases)
+        expanded = F.relu6(F.conv2d(images, expand, first))
+        made = F.relu6(F.conv2d(expanded, depthwise, second, padding=1, groups=between))
+        return F.conv2d(made, project)
+
+    # Sums of these are exact in any order, and none is a bound of a ReLU6, where a rounding would let a gradient pass.
+    shapes = ((between, narrow, 1, 1), (between, 1, 3, 3), (narrow, between, 1, 1))
+    weights = tuple(eighths(one, seed).to(dtype) for seed, one in enumerate(shapes, 1))
+    biases = tuple(eighths((between,), seed) + 1 / 1024 for seed in (4, 5))
+    size = (shape[0], narrow, *shape[2:])
+    images = eighths(size, 6, 4.0).to(dtype).contiguous(memory_format=torch.channels_last)
+    incoming = normal(size, 7, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    packed = cache(
+        lambda: ops.PackedResidual.of(
+            weights[0], biases[0].to(dtype), weights[1], biases[1].to(dtype), weights[2], None
+        )
+    )
+
+    def ours(images: Tensor, *weights: Tensor) -> Tensor:
+        return ops.inverted_residual(images, packed(), padding=(1, 1, 1, 1))
+
+    def bind(
+        expression: Expression,
+        images: Tensor = images,
+        weights: Tensors = weights,
+        incoming: Tensor = incoming,
+    ) -> Run:
+        if not gradient:
+            return lambda: (expression(images, *weights),)
+        leaf = images.detach().requires_grad_()
+        result = cache(lambda: expression(leaf, *weights))
+        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+
+    return Work(
+        ours=bind(ours),
+        expression=chain,
+        bind=bind,
+        expected=lambda: bind(
+            chain, images.double(), tuple(weight.double() for weight in weights), incoming.double()
+        )(),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=images.nbytes + incoming.nbytes,
+        device=device,
+    )
+
+
 def batch_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, backward: bool) -> Work:
     """Of channels-last images, with the ReLU6 behind it; reads them and writes the result. The gradient reads them and
     the gradient of the result, and writes one. What is of a channel is not counted."""

@@ -31,6 +31,14 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
       "depthwise_conv2d_backward(Tensor grad, Tensor weight, Tensor? images, Tensor? result, int[] size, int[] stride, "
       "int[] padding, float low_before, float high_before, float low_after, float high_after) -> Tensor");
   m.def("depthwise_conv2d_weight(Tensor grad, Tensor images, int[] size, int[] stride, int[] padding) -> Tensor");
+  m.def(
+      "inverted_residual(Tensor images, Tensor entering, Tensor entering_bias, Tensor depthwise, "
+      "Tensor depthwise_bias, Tensor leaving, Tensor leaving_bias, int between, int channels, int[] stride, int[] "
+      "padding, "
+      "float low, float high) -> (Tensor result, Tensor in_bits, Tensor out_bits)");
+  m.def(
+      "inverted_residual_linear(Tensor images, Tensor entering, Tensor depthwise, Tensor leaving, Tensor in_bits, "
+      "Tensor out_bits, int between, int channels, int[] size, int[] stride, int[] padding, bool adjoint) -> Tensor");
   m.def("smooth(Tensor grad, Tensor kernel) -> Tensor");
   m.def("smooth_backward(Tensor grad, Tensor kernel) -> Tensor");
   m.def(

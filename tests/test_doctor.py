@@ -15,7 +15,16 @@ import torch
 from alignfast import doctor, ops
 from alignfast.native import CUDA_BACKEND, CUDA_PATH, Choice
 
-OPS = ["kl_div_with_logits", "diversify", "sign_step", "smooth", "depthwise_conv2d", "batch_norm", "philox_uniform"]
+OPS = [
+    "kl_div_with_logits",
+    "diversify",
+    "sign_step",
+    "smooth",
+    "depthwise_conv2d",
+    "inverted_residual",
+    "batch_norm",
+    "philox_uniform",
+]
 
 
 def test_report_has_the_documented_shape() -> None:

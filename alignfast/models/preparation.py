@@ -22,6 +22,7 @@ from alignfast.models.depthwise import Chain, chains_of, use_kernel
 from alignfast.models.ensemble import Ensemble
 from alignfast.models.folding import folded
 from alignfast.models.frozen import keep_less
+from alignfast.models.inverted_residual import use_residual_kernel, with_residuals
 from alignfast.native import CPU_DEVICES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -172,10 +173,14 @@ _CHOSEN: dict[Hashable, Preparation] = {}
 
 
 def chains_in(model: Classifier, images: Tensor) -> list[Chain]:
-    """What of a model the kernel of depthwise convolutions can do at once, which is on CPUs only."""
+    """What of a model the kernels of depthwise convolutions can do at once, which is on CPUs only."""
     if type(model) is not Classifier or images.device.type not in CPU_DEVICES:
         return []
-    return chains_of(model.module, lambda: model.logits(fit_size(images[:1], model)))
+
+    def run() -> Tensor:
+        return model.logits(fit_size(images[:1], model))
+
+    return with_residuals(model.module, run, chains_of(model.module, run))
 
 
 def shaped(model: Classifier, form: Form, chains: Sequence[Chain]) -> Classifier:
@@ -192,6 +197,8 @@ def shaped(model: Classifier, form: Form, chains: Sequence[Chain]) -> Classifier
         if all(one.device.type in CPU_DEVICES for one in member.parameters()):
             if flat:
                 use_kernel(member.module, chains)
+                if not form.compiled:
+                    use_residual_kernel(member.module, chains)
             use_packed_attention(member.module)
         keep_less(member.module)
         if form.compiled:

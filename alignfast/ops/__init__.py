@@ -3,6 +3,7 @@
 from alignfast.ops.batch_norm import batch_norm
 from alignfast.ops.depthwise_conv2d import depthwise_conv2d
 from alignfast.ops.diversify import Mixing, Noise, ResizePad, diversify
+from alignfast.ops.inverted_residual import PackedResidual, inverted_residual
 from alignfast.ops.kl_div_with_logits import kl_div_with_logits
 from alignfast.ops.philox_uniform import philox_uniform
 from alignfast.ops.sign_step import sign_step
@@ -11,10 +12,12 @@ from alignfast.ops.smooth import smooth
 __all__ = [
     "Mixing",
     "Noise",
+    "PackedResidual",
     "ResizePad",
     "batch_norm",
     "depthwise_conv2d",
     "diversify",
+    "inverted_residual",
     "kl_div_with_logits",
     "philox_uniform",
     "sign_step",

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "checks/depthwise.h"
 #include "checks/interleaved.h"
 #include "common.h"
 #include "cpu/buffer.h"
@@ -9,41 +10,12 @@
 namespace alignfast {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
 // Images are summed in at most so many groups, which do not depend on the number of threads.
 constexpr int64_t GROUPS = 8;
-
-void check_sizes(const char* name, const Sizes& values, size_t count, int64_t lowest) {
-  bool fits = values.size() == count;
-  for (const int64_t value : values) fits = fits && value >= lowest;
-  AF_CHECK(fits, name, ": allowed is ", count, " sizes from ", lowest, " on");
-}
 
 void check_clips(double low_before, double high_before, double low_after, double high_after) {
   check_clip("before", low_before, high_before);
   check_clip("after", low_after, high_after);
-}
-
-int64_t steps_of(const char* name, int64_t size, int64_t kernel, int64_t stride) {
-  AF_CHECK(size >= kernel, name, ": got a padded side of ", size, "; allowed is at least the kernel's ", kernel);
-  return (size - kernel) / stride + 1;
-}
-
-// [N, C, H, W] of what the convolution makes of images of this size.
-Sizes result_of(int64_t images, int64_t channels, const Sizes& size, const Sizes& kernel, const Sizes& stride,
-                const Sizes& padding) {
-  return {images, channels, steps_of("images", size[0] + padding[0] + padding[1], kernel[0], stride[0]),
-          steps_of("images", size[1] + padding[2] + padding[3], kernel[1], stride[1])};
-}
-
-void check_geometry(const Sizes& kernel, const Sizes& stride, const Sizes& padding) {
-  for (const int64_t side : kernel) {
-    AF_CHECK(1 <= side && side <= DEPTHWISE_LARGEST, "weight: got a side of ", side, "; allowed is 1 to ",
-             DEPTHWISE_LARGEST);
-  }
-  check_sizes("stride", stride, 2, 1);
-  check_sizes("padding", padding, 4, 0);
 }
 
 DepthwiseKernel kernel_of(Dtype dtype, int64_t channels, const Sizes& size, const Sizes& stride, const Sizes& padding) {

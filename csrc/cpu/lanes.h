@@ -37,6 +37,8 @@ struct Lanes {
     return x;
   }
 
+  void store(V* to) const { std::memcpy(to, &parts, sizeof(parts)); }
+
   static Lanes filled(V value) {
     Lanes x;
     for (Part& part : x.parts) part = value - Part{};

@@ -70,6 +70,22 @@ def test_the_depthwise_op_counts_as_the_grouped_convolution(leaves: str, stride:
     assert counted(lambda *given: ops.depthwise_conv2d(*given, stride=strides, padding=around)) == wanted
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_an_inverted_residual_counts_as_its_convolutions(stride: int, gradient: bool) -> None:
+    """48 channels between are a whole block."""
+    expand, depthwise, project = torch.zeros(48, 8, 1, 1), torch.zeros(48, 1, 3, 3), torch.zeros(5, 48, 1, 1)
+    packed = ops.PackedResidual.of(expand, None, depthwise, None, project, None)
+    images = torch.zeros(IMAGES, requires_grad=gradient)
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+        result = ops.inverted_residual(images, packed, stride=(stride, stride), padding=(1, 1, 1, 1))
+        if gradient:
+            result.sum().backward()
+    places = {1: 36, 2: 9}[stride]
+    wanted = 2 * 2 * (36 * 8 * 48 + places * 48 * 9 + places * 48 * 5)
+    assert counter.get_total_flops() == (1 + gradient) * wanted
+
+
 def test_training_of_a_network_with_depthwise_layers_is_three_forward_passes() -> None:
     """Less the gradient of the images, which is that of the first layer's input."""
     forward, trained = (flops_of("tf_efficientnet_lite0", (3, 64, 64), kind) for kind in ("forward", "training"))

@@ -29,6 +29,9 @@ BYTES = {
     ("depthwise_conv2d", "5x5 stride 2 backward", "fp32"): 2 * (1536 + 384) * 4,
     # The weight itself is not counted.
     ("depthwise_conv2d", "5x5 stride 2 weight", "fp32"): (1536 + 384) * 4,
+    # A sixth as many channels, but one at least.
+    ("inverted_residual", "forward", "bf16"): 2 * 512 * 2,
+    ("inverted_residual", "backward", "fp32"): 2 * 512 * 4,
     ("batch_norm", "forward", "fp32"): 2 * 1536 * 4,
     ("batch_norm", "backward", "bf16"): 3 * 1536 * 2,
     # Images are float32 on one side, and a batch of any dtype is on the other.

@@ -146,11 +146,12 @@ def small(name: str, in_place: bool = True) -> tuple[nn.Module, nn.Module]:
 
 
 def prepared(model: nn.Module, x: Tensor, precision: Any = "fp32") -> tuple[Classifier, Classifier]:
-    """Without the kernel and with it."""
+    """Without the kernel and with it; without that of inverted residuals."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "use_residual_kernel", lambda module, chains: None)
+        fused = prepare(model, x, precision)
         patch.setattr(preparation, "use_kernel", lambda module, chains: None)
-        plain = prepare(model, x, precision)
-    return plain, prepare(model, x, precision)
+        return prepare(model, x, precision), fused
 
 
 def taken(module: nn.Module) -> int:

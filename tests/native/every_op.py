@@ -95,6 +95,19 @@ def depthwise_conv2d():
         yield label(shape, size, step, dtype, layout, clip), with_gradient(result, images, weight)
 
 
+def inverted_residual():
+    residuals = [((1, 1, 1, 1), 1, 1, 1, 1), ((2, 15, 7, 5), 49, 17, 3, 2), ((3, 8, 14, 15), 100, 33, 5, 1)]
+    clips = [(-math.inf, math.inf), (-0.4, 0.7)]
+    for (shape, middle, channels, size, step), dtype, clip in product(residuals, cases.DTYPES, clips):
+        shapes = [(middle, shape[1], 1, 1), (middle,), (middle, 1, size, size), (middle,)]
+        shapes += [(channels, middle, 1, 1), (channels,)]
+        weights = [cases.random(one, seed, dtype, low=-1) for seed, one in enumerate(shapes, 2)]
+        images = cases.random(shape, 1, dtype, low=-1).requires_grad_()
+        around = {"stride": (step, step), "padding": (size // 2, size // 2, 1, 0), "clip": clip}
+        result = ops.inverted_residual(images, ops.PackedResidual.of(*weights), **around)
+        yield label(shape, middle, channels, size, step, dtype, clip), with_gradient(result, images)
+
+
 def batch_norm():
     shapes = [(2, 1, 3, 4), (1, 15, 2, 3), (3, 18, 5, 6), (2, 64, 3, 3), (9, 33, 28, 31), (40, 130, 14, 14)]
     for shape, dtype, clip in product(shapes, cases.DTYPES, [(-math.inf, math.inf), (-0.4, 0.7)]):
@@ -160,7 +173,16 @@ def parts_of(parts, images):
     return made
 
 
-OPS = [sign_step, philox_uniform, smooth, depthwise_conv2d, batch_norm, kl_div_with_logits, diversify]
+OPS = [
+    sign_step,
+    philox_uniform,
+    smooth,
+    depthwise_conv2d,
+    inverted_residual,
+    batch_norm,
+    kl_div_with_logits,
+    diversify,
+]
 
 
 def main():

@@ -9,6 +9,7 @@
 #include "cpu/batch_norm.h"
 #include "cpu/depthwise_conv2d.h"
 #include "cpu/diversify.h"
+#include "cpu/inverted_residual.h"
 #include "cpu/kl_div_with_logits.h"
 #include "cpu/philox_uniform.h"
 #include "cpu/sign_step.h"
@@ -191,6 +192,70 @@ void run_depthwise_conv2d(Dtype dtype, int64_t channels, int64_t stride) {
              std::to_string(stride));
 }
 
+// Forward and back again, of three images of 7 x 9 pixels, 3 x 3 kernels, and 70 channels between 5 and as many as
+// given.
+void run_inverted_residual(Dtype dtype, int64_t channels, int64_t stride) {
+  constexpr int64_t COUNT = 3, ROWS = 7, COLUMNS = 9, SIDE = 3, FIRST = 5, BLOCKS = 2, BLOCK = RESIDUAL_BLOCK;
+  const int64_t rows = (ROWS - 1) / stride + 1, columns = (COLUMNS - 1) / stride + 1;
+  const int64_t padded = (channels + 15) / 16 * 16, back_padded = 16;
+  const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  Buffer images(dtype, COUNT * ROWS * COLUMNS * FIRST, -1, 1, 1);
+  Buffer grad(dtype, COUNT * rows * columns * channels, -1, 1, 2);
+  Buffer entering(wide, BLOCKS * FIRST * BLOCK, -1, 1, 3), entering_bias(wide, BLOCKS * BLOCK, -1, 1, 4);
+  Buffer depthwise(wide, BLOCKS * SIDE * SIDE * BLOCK, -1, 1, 5), depthwise_bias(wide, BLOCKS * BLOCK, -1, 1, 6);
+  Buffer leaving(wide, BLOCKS * BLOCK * padded, -1, 1, 7), leaving_bias(wide, padded, -1, 1, 8);
+  Buffer back_entering(wide, BLOCKS * channels * BLOCK, -1, 1, 9);
+  Buffer back_leaving(wide, BLOCKS * BLOCK * back_padded, -1, 1, 10);
+  Buffer result(dtype, COUNT * rows * columns * channels, 0, 1, 11);
+  Buffer for_images(dtype, COUNT * ROWS * COLUMNS * FIRST, 0, 1, 12);
+  std::vector<uint16_t> in_bits(COUNT * BLOCKS * ROWS * COLUMNS * RESIDUAL_WORDS);
+  std::vector<uint16_t> out_bits(COUNT * BLOCKS * rows * columns * RESIDUAL_WORDS);
+  ResidualPass pass{};
+  pass.depthwise.kernel = {dtype, depthwise.data(), {}, BLOCK, SIDE, SIDE, stride, stride, 1, 1};
+  pass.depthwise.in_rows = ROWS;
+  pass.depthwise.in_columns = COLUMNS;
+  pass.depthwise.out_rows = rows;
+  pass.depthwise.out_columns = columns;
+  pass.in = images.data();
+  pass.in_channels = FIRST;
+  pass.out = result.data();
+  pass.out_channels = channels;
+  pass.padded_channels = padded;
+  pass.between = 70;
+  pass.blocks = BLOCKS;
+  pass.entering = entering.data();
+  pass.leaving = leaving.data();
+  pass.entering_bias = entering_bias.data();
+  pass.depthwise_bias = depthwise_bias.data();
+  pass.leaving_bias = leaving_bias.data();
+  pass.in_bits = in_bits.data();
+  pass.out_bits = out_bits.data();
+  pass.range = {-0.25, 0.5};
+  AF_ISA::inverted_residual_parts(pass, 2, 0, 2 * COUNT);
+  ResidualPass back = pass;
+  back.depthwise.adjoint = true;
+  std::swap(back.depthwise.in_rows, back.depthwise.out_rows);
+  std::swap(back.depthwise.in_columns, back.depthwise.out_columns);
+  std::swap(back.in_bits, back.out_bits);
+  back.in = grad.data();
+  back.in_channels = channels;
+  back.out = for_images.data();
+  back.out_channels = FIRST;
+  back.padded_channels = back_padded;
+  back.entering = back_entering.data();
+  back.leaving = back_leaving.data();
+  back.entering_bias = back.depthwise_bias = back.leaving_bias = nullptr;
+  back.gated = true;
+  AF_ISA::inverted_residual_parts(back, 1, 0, COUNT);
+  Hash hash;
+  result.add_to(hash);
+  for_images.add_to(hash);
+  hash.add(in_bits.data(), in_bits.size() * sizeof(uint16_t));
+  hash.add(out_bits.data(), out_bits.size() * sizeof(uint16_t));
+  hash.print(std::string("inverted_residual ") + name_of(dtype) + " " + std::to_string(channels) + " " +
+             std::to_string(stride));
+}
+
 // The moments of some rows, the rows normalised by other ones, and both passes of the gradient.
 void run_batch_norm(Dtype dtype, int64_t channels, Range range) {
   constexpr int64_t COUNT = 37;
@@ -303,6 +368,7 @@ int main() {
     }
     for (const int64_t channels : {1, 15, 33, 130}) {
       for (const int64_t stride : {1, 2, 4}) run_depthwise_conv2d(dtype, channels, stride);
+      for (const int64_t stride : {1, 2, 4}) run_inverted_residual(dtype, channels, stride);
       for (const Range range : {EVERYTHING, Range{-0.25, 0.5}}) run_batch_norm(dtype, channels, range);
     }
     for (const Dtype other : DTYPES) {

@@ -12,10 +12,12 @@ import torch
 from alignfast.ops import (
     Mixing,
     Noise,
+    PackedResidual,
     ResizePad,
     batch_norm,
     depthwise_conv2d,
     diversify,
+    inverted_residual,
     kl_div_with_logits,
     philox_uniform,
     sign_step,
@@ -111,6 +113,14 @@ def convolutions(dtype):
         # With clips a copy of the images and one of the gradient are made first.
         leaf = weight.clone().requires_grad_()
         yield f"{name} weight", adjoint(convolved(images, leaf), leaf)
+    narrow = torch.randn(16, 24, 56, 56).to(dtype).contiguous(memory_format=torch.channels_last)
+    packed = PackedResidual.of(
+        torch.randn(144, 24, 1, 1).to(dtype), None, weight, bias, torch.randn(24, 144, 1, 1).to(dtype), None
+    )
+    residual = partial(inverted_residual, packed=packed, padding=(1, 1, 1, 1))
+    leaf = narrow.clone().requires_grad_()
+    yield "inverted_residual", lambda: [residual(narrow)]
+    yield "inverted_residual backward", adjoint(residual(leaf), leaf)
     channels = torch.rand(144), torch.rand(144)
     leaf = images.clone().requires_grad_()
     yield "batch_norm", lambda: batch_norm(images, *channels, clip=(0.0, 6.0))

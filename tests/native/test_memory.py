@@ -14,7 +14,14 @@ ALLOWED = 64 * 1024
 # padded once for all rows of the result. Of these images and kernels they are three, of 58 pixels and 144 channels.
 # A batch normalisation holds two sums in float64 of each channel of every stretch of 64 KiB of its images, for all
 # threads together: here as many as the float32 images have, an eighteenth of them.
-EXTRA = {"depthwise_conv2d": 3 * 58 * 144 * 4, "batch_norm": -(-16 * 56 * 56 // 113) * 2 * 144 * 8 // 2}
+# An inverted residual holds the float32 sums of an image that comes out, 32 channels of 56 x 56 pixels, one that
+# goes in if it has to be widened, four rows of 48 channels, and for both threads two bits for each value that
+# is not stored.
+EXTRA = {
+    "depthwise_conv2d": 3 * 58 * 144 * 4,
+    "batch_norm": -(-16 * 56 * 56 // 113) * 2 * 144 * 8 // 2,
+    "inverted_residual": 56 * 56 * (32 + 24) * 4 + 4 * 58 * 48 * 4 + 2 * 16 * 56 * 56 * 144 // 8 // 2,
+}
 
 
 @pytest.fixture(scope="module")
