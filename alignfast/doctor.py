@@ -230,6 +230,20 @@ def _check_inverted_residual(device: str) -> None:
     _compare("gradient", gradient, torch.autograd.grad(wanted, expected, incoming.double())[0], 1e-4)
 
 
+def _check_attention(device: str) -> None:
+    """Result and gradient against torch's own in float64; on a GPU that of plain products."""
+    generator = torch.Generator().manual_seed(6)
+    packed, incoming = torch.randn(2, 19, 3, 2, 5, generator=generator), torch.randn(2, 19, 10, generator=generator)
+    given, expected = packed.to(device).requires_grad_(), packed.double().requires_grad_()
+    result = ops.attention(given)
+    queries, keys, values = (part.transpose(1, 2) for part in expected.unbind(2))
+    made = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
+    wanted = made.transpose(1, 2).flatten(2)
+    _compare("result", result.detach(), wanted.detach(), 1e-5)
+    (gradient,) = torch.autograd.grad(result, given, incoming.to(device))
+    _compare("gradient", gradient, torch.autograd.grad(wanted, expected, incoming.double())[0], 1e-5)
+
+
 def _check_batch_norm(device: str) -> None:
     """Result, statistics and gradients against the formula in float64."""
     generator = torch.Generator().manual_seed(4)
@@ -287,6 +301,7 @@ SELF_TESTS: dict[str, Callable[[str], None]] = {
     "smooth": _check_smooth,
     "depthwise_conv2d": _check_depthwise_conv2d,
     "inverted_residual": _check_inverted_residual,
+    "attention": _check_attention,
     "batch_norm": _check_batch_norm,
     "philox_uniform": _check_philox_uniform,
 }

@@ -103,6 +103,19 @@ def inverted_residual_linear(
     )
 
 
+@register_flop_formula(torch.ops.alignfast.attention)
+def attention(packed: Sizes, *others: Any, **named: Any) -> int:
+    """Two products of each head."""
+    count, tokens, _, heads, width = packed
+    return 4 * count * heads * tokens**2 * width
+
+
+@register_flop_formula(torch.ops.alignfast.attention_backward)
+def attention_backward(grad: Sizes, packed: Sizes, *others: Any, **named: Any) -> int:
+    """Four products, without that of queries and keys again."""
+    return 2 * attention(packed)
+
+
 def _meetings(images: Sizes, weight: Sizes) -> int:
     return 2 * images[0] * prod(images[2:]) * prod(weight)
 

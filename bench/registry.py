@@ -30,8 +30,10 @@ IMAGES: tuple[Shape, ...] = ((8, 3, 224, 224), (32, 3, 224, 224), (128, 3, 224, 
 LOGITS: tuple[Shape, ...] = ((128, 1000), (1024, 1000), (256, 21841))
 # Between two layers of an EfficientNet-Lite2.
 ACTIVATIONS: Shape = (8, 144, 56, 56)
+# Images, tokens, three parts, heads and channels of a ViT-S/16 at 224 x 224.
+TOKENS: Shape = (8, 197, 3, 6, 64)
 # Those of the ops' shapes that `make bench` measures.
-USUAL_SHAPES = (IMAGES[1], LOGITS[1], ACTIVATIONS)
+USUAL_SHAPES = (IMAGES[1], LOGITS[1], ACTIVATIONS, TOKENS)
 SIDES: Shape = (3, 224, 224)
 CIFAR_SIDES: Shape = (3, 32, 32)
 # By network and dtype, how many times as fast as torchattacks on two CPU threads.
@@ -316,6 +318,13 @@ OP_CASES: tuple[Case, ...] = (
     *_grid("sign_step", STEPS, IMAGES, {"eager": 5.0, "compiled": 2.5, "copy": 0.6}),
     *_grid("smooth", {"15x15": work.smooth}, IMAGES, {"eager": 3.0}),
     *_convolutions(),
+    *_grid(
+        "attention",
+        {"forward": work.attention, "backward": partial(work.attention, gradient=True)},
+        [TOKENS],
+        {"eager": 1.2},
+        devices=["cpu"],
+    ),
     # In bfloat16 the expression rounds what lies between, and so decides otherwise what passes a rectifier.
     *_grid(
         "inverted_residual",

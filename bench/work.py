@@ -276,6 +276,38 @@ def inverted_residual(
     )
 
 
+def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gradient: bool = False) -> Work:
+    """Of [N, tokens, 3, heads, width]; reads them and writes the result, or the gradients of both.
+
+    The expression is torch's fused attention of the three and, for the gradient, what stacks theirs.
+    """
+    packed = normal(shape, 1, device=device).to(dtype)
+    incoming = normal((*shape[:2], shape[3] * shape[4]), 2, device=device).to(dtype)
+
+    def fused(packed: Tensor) -> Tensor:
+        queries, keys, values = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        made = F.scaled_dot_product_attention(queries, keys, values)
+        return made.transpose(1, 2).flatten(2)
+
+    def bind(expression: Expression, packed: Tensor = packed, incoming: Tensor = incoming) -> Run:
+        if not gradient:
+            return lambda: (expression(packed),)
+        leaf = packed.detach().requires_grad_()
+        result = cache(lambda: expression(leaf))
+        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+
+    return Work(
+        ours=bind(ops.attention),
+        expression=fused,
+        bind=bind,
+        expected=lambda: bind(fused, packed.double(), incoming.double())(),
+        tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=packed.nbytes + incoming.nbytes,
+        device=device,
+    )
+
+
 def batch_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, backward: bool) -> Work:
     """Of channels-last images, with the ReLU6 behind it; reads them and writes the result. The gradient reads them and
     the gradient of the result, and writes one. What is of a channel is not counted."""

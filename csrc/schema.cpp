@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
   m.def(
       "sign_step(Tensor(a!) adv, Tensor images, Tensor grad, Tensor(b!)? momentum, float alpha, float eps, "
       "float decay, float low, float high, str norm) -> ()");
+  m.def("attention(Tensor packed) -> (Tensor result, Tensor sums)");
+  m.def("attention_backward(Tensor grad, Tensor packed, Tensor sums) -> Tensor");
   m.def(
       "batch_norm(Tensor images, Tensor weight, Tensor bias, float eps, float low, float high) "
       "-> (Tensor result, Tensor mean, Tensor variance)");

@@ -22,6 +22,7 @@ OPS = [
     "smooth",
     "depthwise_conv2d",
     "inverted_residual",
+    "attention",
     "batch_norm",
     "philox_uniform",
 ]

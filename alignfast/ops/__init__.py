@@ -1,5 +1,6 @@
 """The ops that attacks, models and alignment are made of."""
 
+from alignfast.ops.attention import attention
 from alignfast.ops.batch_norm import batch_norm
 from alignfast.ops.depthwise_conv2d import depthwise_conv2d
 from alignfast.ops.diversify import Mixing, Noise, ResizePad, diversify
@@ -14,6 +15,7 @@ __all__ = [
     "Noise",
     "PackedResidual",
     "ResizePad",
+    "attention",
     "batch_norm",
     "depthwise_conv2d",
     "diversify",

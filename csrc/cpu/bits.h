@@ -95,32 +95,5 @@ Lanes<V> lanes_clipped(const Lanes<V>& x, Range range) {
   return result;
 }
 
-// a * b + c, rounded once.
-template <class V>
-Lanes<V> fused(const Lanes<V>& a, const Lanes<V>& b, const Lanes<V>& c) {
-  Lanes<V> result;
-  for (int i = 0; i < Lanes<V>::PARTS; ++i) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<V, float>)
-      result.parts[i] = _mm512_fmadd_ps(a.parts[i], b.parts[i], c.parts[i]);
-    else
-      result.parts[i] = _mm512_fmadd_pd(a.parts[i], b.parts[i], c.parts[i]);
-#elif defined(__FMA__)
-    if constexpr (std::is_same_v<V, float>)
-      result.parts[i] = _mm256_fmadd_ps(a.parts[i], b.parts[i], c.parts[i]);
-    else
-      result.parts[i] = _mm256_fmadd_pd(a.parts[i], b.parts[i], c.parts[i]);
-#else
-    for (int j = 0; j < Lanes<V>::WIDTH; ++j) {
-      if constexpr (std::is_same_v<V, float>)
-        result.parts[i][j] = __builtin_fmaf(a.parts[i][j], b.parts[i][j], c.parts[i][j]);
-      else
-        result.parts[i][j] = __builtin_fma(a.parts[i][j], b.parts[i][j], c.parts[i][j]);
-    }
-#endif
-  }
-  return result;
-}
-
 }  // namespace
 }  // namespace alignfast

@@ -3,6 +3,7 @@
 #include "cpu/depthwise_combs.h"
 #include "cpu/inverted_residual.h"
 #include "cpu/lanes.h"
+#include "cpu/products.h"
 #include "cpu/vectors.h"
 #include "with_type.h"
 
@@ -16,71 +17,6 @@ constexpr int64_t WORDS = RESIDUAL_WORDS;
 constexpr int64_t MOST_SUMS = 1 << 18;
 // Pixels of several rows that are computed one step after another, so that weights are read for all of them.
 constexpr int64_t FEWEST_PIXELS = 28;
-
-// Pixels and lanes that are summed at a time: as many as registers hold beside the operands.
-template <class V>
-struct Tile {
-  static constexpr int REGISTERS = VECTOR_BYTES == 64 ? 24 : 12;
-  static constexpr int LANES_WIDE = VECTOR_BYTES == 64 && Lanes<V>::PARTS == 1 ? 3 : 1;
-  static constexpr int FITTING = REGISTERS / (LANES_WIDE * Lanes<V>::PARTS);
-  static constexpr int PIXELS = FITTING > 8 ? 8 : FITTING < 1 ? 1 : FITTING;
-};
-
-// Left to itself the compiler calls these, with their sums in memory.
-#define AF_INLINE inline __attribute__((always_inline))
-
-template <int N>
-using Constant = std::integral_constant<int, N>;
-
-// Calls visit(a constant) with `count`, which is 1 to N.
-template <int N, class Visit>
-void with_constant(int64_t count, Visit visit) {
-  if constexpr (N > 1) {
-    if (count < N) return with_constant<N - 1>(count, visit);
-  }
-  visit(Constant<N>());
-}
-
-// Calls visit(first pixel, a constant: how many) for tiles of nearly equal size that make up `count` pixels.
-template <class V, class Visit>
-void each_tile(int64_t count, Visit visit) {
-  constexpr int PIXELS = Tile<V>::PIXELS;
-  const int64_t tiles = (count + PIXELS - 1) / PIXELS;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = count * i / tiles;
-    with_constant<PIXELS>(count * (i + 1) / tiles - first, [&](auto pixels) { visit(first, pixels); });
-  }
-}
-
-// Calls visit(first channel, a constant: how many lanes) for lanes that make up `channels`, a multiple of them.
-template <class V, class Visit>
-void each_width(int64_t channels, Visit visit) {
-  constexpr int WIDE = Tile<V>::LANES_WIDE;
-  for (int64_t first = 0; first < channels; first += WIDE * LANES) {
-    with_constant<WIDE>(smaller<int64_t>(WIDE, (channels - first) / LANES), [&](auto lanes) { visit(first, lanes); });
-  }
-}
-
-// sums[n] += values[n, :depth] times weights[:depth, lanes], for rows of values that are `between` apart.
-template <class V, int N, int C>
-AF_INLINE void add_products(const V* values, int64_t between, int64_t depth, const V* weights, int64_t width,
-                            Lanes<V> (&sums)[N][C]) {
-  for (int64_t d = 0; d < depth; ++d, weights += width) {
-    Lanes<V> weight[C];
-    for (int c = 0; c < C; ++c) weight[c] = Lanes<V>::load(weights + c * LANES);
-    for (int n = 0; n < N; ++n) {
-      const Lanes<V> value = Lanes<V>::filled(values[n * between + d]);
-      for (int c = 0; c < C; ++c) sums[n][c] = fused(value, weight[c], sums[n][c]);
-    }
-  }
-}
-
-template <class V, int N, int C>
-AF_INLINE void fill_with(const V* bias, Lanes<V> (&sums)[N][C]) {
-  for (auto& pixel : sums) {
-    for (int c = 0; c < C; ++c) pixel[c] = bias == nullptr ? Lanes<V>::filled(0) : Lanes<V>::load(bias + c * LANES);
-  }
-}
 
 // Clipped, or gated, and stored: to[n * step] and bits[n * step * WORDS / BLOCK] for pixel n.
 template <class V, int N, int C>
@@ -179,7 +115,7 @@ class Entered {
       each_tile<V>(columns, [&]<int N>(int64_t first, Constant<N>) {
         Lanes<V> sums[N][C];
         fill_with(block_.entering_bias == nullptr ? nullptr : block_.entering_bias + channel, sums);
-        add_products(from + first * depth, depth, depth, block_.entering + channel, BLOCK, sums);
+        add_products(from + first * depth, depth, 1, depth, block_.entering + channel, BLOCK, sums);
         store_between(pass_, sums, 1, values + first * BLOCK + channel, bits + first * WORDS + channel / LANES);
       });
     });
@@ -240,13 +176,9 @@ void leave(const ResidualPass& pass, const Block<V>& block, const V* pixels, int
     each_tile<V>(count, [&]<int N>(int64_t first, Constant<N>) {
       Lanes<V> total[N][C];
       V* at = sums + first * channels + channel;
-      for (int n = 0; n < N; ++n) {
-        for (int c = 0; c < C; ++c) total[n][c] = Lanes<V>::load(at + n * channels + c * LANES);
-      }
-      add_products(pixels + first * BLOCK, BLOCK, block.channels, block.leaving + channel, channels, total);
-      for (int n = 0; n < N; ++n) {
-        for (int c = 0; c < C; ++c) total[n][c].store(at + n * channels + c * LANES);
-      }
+      load_sums(at, channels, total);
+      add_products(pixels + first * BLOCK, BLOCK, 1, block.channels, block.leaving + channel, channels, total);
+      store_sums(total, channels, at);
     });
   });
 }
@@ -320,7 +252,7 @@ class Widened {
 };
 
 template <class T>
-void store_sums(const ResidualPass& pass, const Part& part, const Wide<T>* sums) {
+void store_result(const ResidualPass& pass, const Part& part, const Wide<T>* sums) {
   const int64_t columns = pass.depthwise.out_columns, channels = pass.out_channels;
   T* out = static_cast<T*>(pass.out) + (part.image * pass.depthwise.out_rows + part.first) * columns * channels;
   for (int64_t i = 0; i < (part.last - part.first) * columns; ++i) {
@@ -359,7 +291,7 @@ void parts_of(const ResidualPass& pass, int64_t parts, int64_t begin, int64_t en
                      sums + i * size);
       }
     }
-    for (int64_t i = 0; i < count; ++i) store_sums<T>(pass, part_of(pass, parts, begin + i), sums + i * size);
+    for (int64_t i = 0; i < count; ++i) store_result<T>(pass, part_of(pass, parts, begin + i), sums + i * size);
   }
 }
 

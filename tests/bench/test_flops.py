@@ -86,6 +86,16 @@ def test_an_inverted_residual_counts_as_its_convolutions(stride: int, gradient: 
     assert counter.get_total_flops() == (1 + gradient) * wanted
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_attention_counts_as_its_products(gradient: bool) -> None:
+    packed = torch.zeros(2, 7, 3, 5, 4, requires_grad=gradient)
+    with FlopCounterMode(display=False) as counter:
+        result = ops.attention(packed)
+        if gradient:
+            result.sum().backward()
+    assert counter.get_total_flops() == (1 + 2 * gradient) * 2 * (2 * 2 * 5 * 7 * 7 * 4)
+
+
 def test_training_of_a_network_with_depthwise_layers_is_three_forward_passes() -> None:
     """Less the gradient of the images, which is that of the first layer's input."""
     forward, trained = (flops_of("tf_efficientnet_lite0", (3, 64, 64), kind) for kind in ("forward", "training"))

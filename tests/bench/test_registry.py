@@ -9,7 +9,7 @@ from alignfast import ops
 from alignfast.bench import registry, sides, work
 from alignfast.bench.registry import CASES, DTYPES, OP_CASES, OPS, Case, select
 
-SMALL = {2: (5, 11), 4: (2, 3, 16, 16)}
+SMALL = {2: (5, 11), 4: (2, 3, 16, 16), 5: (2, 9, 3, 2, 8)}
 # 2 images of 3 x 16 x 16 have 1536 elements, and 5 rows of 11 logits 55.
 BYTES = {
     # Both logits in, the gradient and a float32 loss out.
@@ -32,6 +32,9 @@ BYTES = {
     # A sixth as many channels, but one at least.
     ("inverted_residual", "forward", "bf16"): 2 * 512 * 2,
     ("inverted_residual", "backward", "fp32"): 2 * 512 * 4,
+    # Queries, keys, values and what comes out, or its gradient and theirs: 4 x 288.
+    ("attention", "forward", "fp32"): 4 * 288 * 4,
+    ("attention", "backward", "bf16"): 4 * 288 * 2,
     ("batch_norm", "forward", "fp32"): 2 * 1536 * 4,
     ("batch_norm", "backward", "bf16"): 3 * 1536 * 2,
     # Images are float32 on one side, and a batch of any dtype is on the other.
@@ -199,4 +202,4 @@ def test_selection() -> None:
     usual = select(extended=False)
     assert {case.kind for case in usual if case.group == "ops"} == {case.kind for case in OP_CASES}
     shapes = {case.shape for case in usual if case.group == "ops"}
-    assert shapes == {(32, 3, 224, 224), (1024, 1000), (8, 144, 56, 56)}
+    assert shapes == {(32, 3, 224, 224), (1024, 1000), (8, 144, 56, 56), (8, 197, 3, 6, 64)}

@@ -108,6 +108,13 @@ def inverted_residual():
         yield label(shape, middle, channels, size, step, dtype, clip), with_gradient(result, images)
 
 
+def attention():
+    shapes = [(1, 1, 1, 1), (2, 17, 3, 5), (1, 70, 2, 16), (3, 33, 5, 24)]
+    for (count, length, heads, width), dtype in product(shapes, cases.DTYPES):
+        packed = cases.random((count, length, 3, heads, width), 1, dtype, low=-3).requires_grad_()
+        yield label(count, length, heads, width, dtype), with_gradient(ops.attention(packed), packed)
+
+
 def batch_norm():
     shapes = [(2, 1, 3, 4), (1, 15, 2, 3), (3, 18, 5, 6), (2, 64, 3, 3), (9, 33, 28, 31), (40, 130, 14, 14)]
     for shape, dtype, clip in product(shapes, cases.DTYPES, [(-math.inf, math.inf), (-0.4, 0.7)]):
@@ -179,6 +186,7 @@ OPS = [
     smooth,
     depthwise_conv2d,
     inverted_residual,
+    attention,
     batch_norm,
     kl_div_with_logits,
     diversify,

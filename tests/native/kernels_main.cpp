@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/batch_norm.h"
 #include "cpu/depthwise_conv2d.h"
 #include "cpu/diversify.h"
@@ -256,6 +257,23 @@ void run_inverted_residual(Dtype dtype, int64_t channels, int64_t stride) {
              std::to_string(stride));
 }
 
+// Three heads of two images, and their gradients.
+void run_attention(Dtype dtype, int64_t tokens, int64_t width) {
+  constexpr int64_t COUNT = 2, HEADS = 3;
+  const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const int64_t size = COUNT * tokens * HEADS * width;
+  Buffer packed(dtype, 3 * size, -2, 2, 1), grad(dtype, size, -1, 1, 2), result(dtype, size, 0, 1, 3);
+  Buffer sums(wide, COUNT * HEADS * tokens * 2, 0, 1, 4), for_packed(dtype, 3 * size, 0, 1, 5);
+  const AttentionPass pass{dtype,       tokens,           HEADS, width, packed.data(), result.data(), sums.data(),
+                           grad.data(), for_packed.data()};
+  AF_ISA::attention_heads(pass, 0, COUNT * HEADS);
+  AF_ISA::attention_gradients(pass, 0, COUNT * HEADS);
+  Hash hash;
+  result.add_to(hash);
+  for_packed.add_to(hash);
+  hash.print(std::string("attention ") + name_of(dtype) + " " + std::to_string(tokens) + " " + std::to_string(width));
+}
+
 // The moments of some rows, the rows normalised by other ones, and both passes of the gradient.
 void run_batch_norm(Dtype dtype, int64_t channels, Range range) {
   constexpr int64_t COUNT = 37;
@@ -365,6 +383,9 @@ int main() {
     for (const int64_t width : {1, 5, 31, 100}) {
       for (const int64_t step : {1, 3}) run_smooth(dtype, 9, width, step, 1);
       run_smooth(dtype, 9, width, 1, 2);
+    }
+    for (const int64_t tokens : {1, 17, 70}) {
+      for (const int64_t width : {1, 16, 20}) run_attention(dtype, tokens, width);
     }
     for (const int64_t channels : {1, 15, 33, 130}) {
       for (const int64_t stride : {1, 2, 4}) run_depthwise_conv2d(dtype, channels, stride);

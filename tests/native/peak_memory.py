@@ -14,6 +14,7 @@ from alignfast.ops import (
     Noise,
     PackedResidual,
     ResizePad,
+    attention,
     batch_norm,
     depthwise_conv2d,
     diversify,
@@ -121,6 +122,9 @@ def convolutions(dtype):
     leaf = narrow.clone().requires_grad_()
     yield "inverted_residual", lambda: [residual(narrow)]
     yield "inverted_residual backward", adjoint(residual(leaf), leaf)
+    leaf = torch.randn(8, 197, 3, 6, 64).to(dtype).requires_grad_()
+    yield "attention", lambda leaf=leaf: [attention(leaf.detach())]
+    yield "attention backward", adjoint(attention(leaf), leaf)
     channels = torch.rand(144), torch.rand(144)
     leaf = images.clone().requires_grad_()
     yield "batch_norm", lambda: batch_norm(images, *channels, clip=(0.0, 6.0))

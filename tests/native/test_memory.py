@@ -17,7 +17,10 @@ ALLOWED = 64 * 1024
 # An inverted residual holds the float32 sums of an image that comes out, 32 channels of 56 x 56 pixels, one that
 # goes in if it has to be widened, four rows of 48 channels, and for both threads two bits for each value that
 # is not stored.
+# Attention holds at most, of a head of 197 tokens and 64 channels: queries, keys, values, gradients, two of them
+# across, sums for two, and two blocks of 64 queries' products with all tokens.
 EXTRA = {
+    "attention": (8 * 208 * 64 + 2 * 64 * 208) * 4,
     "depthwise_conv2d": 3 * 58 * 144 * 4,
     "batch_norm": -(-16 * 56 * 56 // 113) * 2 * 144 * 8 // 2,
     "inverted_residual": 56 * 56 * (32 + 24) * 4 + 4 * 58 * 48 * 4 + 2 * 16 * 56 * 56 * 144 // 8 // 2,
