@@ -36,7 +36,7 @@ uint16_t* bits_in(const char* name, const Tensor& bits, const Tensor& images, co
 Tensor new_bits(const Sizes& shape, const Tensor& images) {
   const Tensor bits = torch::stable::empty(shape, ScalarType::Short, std::nullopt, images.device(), std::nullopt,
                                            torch::headeronly::MemoryFormat::Contiguous);
-  std::memset(bits.mutable_data_ptr(), 0, static_cast<size_t>(bits.numel()) * sizeof(uint16_t));
+  if (bits.numel() > 0) std::memset(bits.mutable_data_ptr(), 0, static_cast<size_t>(bits.numel()) * sizeof(uint16_t));
   return bits;
 }
 
