@@ -129,6 +129,7 @@ class _Left:
     whole: Whole
 
     def forward(self, input: Tensor) -> Tensor:
+        # Of the layer that it is mixed into.
         return input if self.whole else super().forward(input)  # type: ignore[misc]
 
 

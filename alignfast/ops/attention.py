@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignfast.checks import check_shape
 from alignfast.native import CPU_DEVICES
+from alignfast.ops.dense import check_dense, wide_dtype
 from alignfast.reference import attention as reference
 
 
@@ -43,26 +44,19 @@ def _check(packed: Tensor) -> None:
         raise ValueError(f"packed: got dtype {packed.dtype}; allowed is a floating-point tensor")
 
 
-def _check_dense(name: str, tensor: Tensor, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check_shape(name, tensor.shape, shape)
-    if (tensor.dtype, tensor.device) != (dtype, packed.device):
-        raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}; allowed is {dtype} on {packed.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: not in contiguous memory; allowed is that alone")
-
-
 def _fake(packed: Tensor) -> tuple[Tensor, Tensor]:
     _check(packed)
-    _check_dense("packed", packed, packed, packed.shape, packed.dtype)
+    check_dense("packed", packed, packed.shape, packed.dtype, packed.device)
     count, length, _, heads, width = packed.shape
-    wide = torch.float64 if packed.dtype == torch.float64 else torch.float32
-    return packed.new_empty(count, length, heads * width), packed.new_empty(count, heads, length, 2, dtype=wide)
+    return packed.new_empty(count, length, heads * width), packed.new_empty(
+        count, heads, length, 2, dtype=wide_dtype(packed.dtype)
+    )
 
 
 def _fake_backward(grad: Tensor, packed: Tensor, sums: Tensor) -> Tensor:
     result, wanted = _fake(packed)
-    _check_dense("grad", grad, packed, result.shape, packed.dtype)
-    _check_dense("sums", sums, packed, wanted.shape, wanted.dtype)
+    check_dense("grad", grad, result.shape, packed.dtype, packed.device)
+    check_dense("sums", sums, wanted.shape, wanted.dtype, packed.device)
     return torch.empty_like(packed)
 
 

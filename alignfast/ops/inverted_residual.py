@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from alignfast.checks import check_shape
+from alignfast.ops.dense import check_dense, wide_dtype
 from alignfast.ops.depthwise_conv2d import _check_geometry, _check_sizes, _result_size
 from alignfast.ops.interleaved import check_clip, check_interleaved, check_interleaved_images, interleaved
 
@@ -70,7 +71,7 @@ class PackedResidual(NamedTuple):
         for name, weight in (("depthwise", depthwise), ("project", project)):
             _check_alike(name, weight, expand)
         _check_geometry(depthwise.shape[2:], (1, 1), (0, 0, 0, 0))
-        wide = torch.float64 if expand.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(expand.dtype)
         there, back = expand.detach().to(wide).flatten(1), project.detach().to(wide).flatten(1).T
         return cls(
             _entering(there),
@@ -205,7 +206,7 @@ def _check(
     check_interleaved_images("images", images)
     check_clip("clip", *clip)
     check_shape("images", images.shape, (None, packed.channels[0], None, None))
-    wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(images.dtype)
     if (packed.entering.dtype, packed.entering.device) != (wide, images.device) or images.device.type != "cpu":
         raise ValueError(
             f"packed: got {packed.entering.dtype} on {packed.entering.device} for images of {images.dtype} on "
@@ -266,10 +267,8 @@ def _fake_linear(
     going_in, coming_out = (small, size) if adjoint else (size, small)
     check_shape("images", images.shape, (None, None, *going_in))
     for name, bits, side in (("in_bits", in_bits, going_in), ("out_bits", out_bits, coming_out)):
-        check_shape(name, bits.shape, (len(images), len(depthwise), *side, BLOCK // WORD))
-        if bits.dtype != torch.int16:
-            raise ValueError(f"{name}: got {bits.dtype}; allowed is torch.int16")
-        _check_dense(name, bits)
+        shape = (len(images), len(depthwise), *side, BLOCK // WORD)
+        check_dense(name, bits, shape, torch.int16, images.device)
     return _empty(images, channels, coming_out)
 
 
@@ -306,16 +305,7 @@ def _checked_size(
 
 
 def _check_packed(name: str, weight: Tensor, images: Tensor, shape: Sequence[int | None]) -> None:
-    wide = torch.float64 if images.dtype == torch.float64 else torch.float32
-    check_shape(name, weight.shape, shape)
-    if (weight.dtype, weight.device) != (wide, images.device):
-        raise ValueError(f"{name}: got {weight.dtype} on {weight.device}; allowed is {wide} on {images.device}")
-    _check_dense(name, weight)
-
-
-def _check_dense(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: not in contiguous memory; allowed is that alone")
+    check_dense(name, weight, shape, wide_dtype(images.dtype), images.device)
 
 
 torch.library.register_fake("alignfast::inverted_residual", _fake)

@@ -2,23 +2,11 @@
 
 #include <tuple>
 
+#include "checks/dense.h"
 #include "common.h"
 
 namespace alignfast {
 namespace {
-
-ScalarType wide_type(const Tensor& packed) {
-  return packed.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type, const Tensor& like) {
-  return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::Contiguous);
-}
-
-void check_dense(const char* name, const Tensor& tensor) {
-  AF_CHECK(tensor.is_contiguous(), name, ": not in contiguous memory; allowed is that alone");
-}
 
 AttentionPass pass_of(const Tensor& packed) {
   check_here("packed", packed);
@@ -41,9 +29,8 @@ void run(void (*kernel)(const AttentionPass&, int64_t, int64_t), const Attention
 
 std::tuple<Tensor, Tensor> attention(Tensor packed) {
   AttentionPass pass = pass_of(packed);
-  const Tensor result =
-      new_tensor({packed.size(0), pass.tokens, pass.heads * pass.width}, packed.scalar_type(), packed);
-  const Tensor sums = new_tensor({packed.size(0), pass.heads, pass.tokens, 2}, wide_type(packed), packed);
+  const Tensor result = dense({packed.size(0), pass.tokens, pass.heads * pass.width}, packed.scalar_type(), packed);
+  const Tensor sums = dense({packed.size(0), pass.heads, pass.tokens, 2}, wide_type(packed), packed);
   if (packed.numel() == 0) return {result, sums};
   pass.result = result.mutable_data_ptr();
   pass.sums = sums.mutable_data_ptr();
@@ -61,7 +48,7 @@ Tensor attention_backward(Tensor grad, Tensor packed, Tensor sums) {
   check_dtype("sums", sums, wide_type(packed));
   check_shape("sums", sums, {packed.size(0), pass.heads, pass.tokens, 2});
   check_dense("sums", sums);
-  const Tensor out = new_tensor({packed.size(0), pass.tokens, 3, pass.heads, pass.width}, packed.scalar_type(), packed);
+  const Tensor out = dense({packed.size(0), pass.tokens, 3, pass.heads, pass.width}, packed.scalar_type(), packed);
   if (packed.numel() == 0) return out;
   pass.grad = grad.const_data_ptr();
   pass.sums = const_cast<void*>(sums.const_data_ptr());

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 
 #include "cpu/attention.h"
@@ -121,9 +122,12 @@ Place place_of(const AttentionPass& pass, int64_t head) {
 }
 
 template <class T>
-void gather_part(const AttentionPass& pass, const Place& place, int64_t part, Wide<T>* to) {
-  const T* from = static_cast<const T*>(pass.packed) + place.packed + part * place.part;
-  gather_head<T>(pass, from, place.packed_stride, to);
+void gather_parts(const AttentionPass& pass, const Place& place, Wide<T>* queries, Wide<T>* keys, Wide<T>* values) {
+  const T* from = static_cast<const T*>(pass.packed) + place.packed;
+  for (Wide<T>* to : {queries, keys, values}) {
+    gather_head<T>(pass, from, place.packed_stride, to);
+    from += place.part;
+  }
 }
 
 template <class T>
@@ -142,9 +146,7 @@ void heads_of(const AttentionPass& pass, int64_t begin, int64_t end) {
   const V scale = scale_of<V>(pass);
   for (int64_t head = begin; head < end; ++head) {
     const Place place = place_of(pass, head);
-    gather_part<T>(pass, place, 0, queries);
-    gather_part<T>(pass, place, 1, keys);
-    gather_part<T>(pass, place, 2, values);
+    gather_parts<T>(pass, place, queries, keys, values);
     transpose<V>(pass, keys, keys_across);
     V* sums = static_cast<V*>(pass.sums) + head * tokens * 2;
     T* out = static_cast<T*>(pass.result) + place.result;
@@ -196,9 +198,7 @@ void gradients_of(const AttentionPass& pass, int64_t begin, int64_t end) {
   const V scale = scale_of<V>(pass);
   for (int64_t head = begin; head < end; ++head) {
     const Place place = place_of(pass, head);
-    gather_part<T>(pass, place, 0, queries);
-    gather_part<T>(pass, place, 1, keys);
-    gather_part<T>(pass, place, 2, values);
+    gather_parts<T>(pass, place, queries, keys, values);
     gather_head<T>(pass, static_cast<const T*>(pass.grad) + place.result, place.result_stride, grad);
     transpose<V>(pass, keys, keys_across);
     transpose<V>(pass, values, values_across);

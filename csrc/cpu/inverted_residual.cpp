@@ -4,6 +4,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "checks/dense.h"
 #include "checks/depthwise.h"
 #include "checks/interleaved.h"
 #include "common.h"
@@ -11,16 +12,11 @@
 namespace alignfast {
 namespace {
 
-// The wide type of the images', in which weights are given.
-ScalarType wide_type(const Tensor& images) {
-  return images.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 const void* packed(const char* name, const Tensor& weight, const Tensor& images, const Sizes& shape) {
   check_device(name, weight, images);
   check_dtype(name, weight, wide_type(images));
   check_shape(name, weight, shape);
-  AF_CHECK(weight.is_contiguous(), name, ": not in contiguous memory; allowed is that alone");
+  check_dense(name, weight);
   return weight.const_data_ptr();
 }
 
@@ -29,13 +25,12 @@ uint16_t* bits_in(const char* name, const Tensor& bits, const Tensor& images, co
   AF_CHECK(bits.scalar_type() == ScalarType::Short, name, ": got dtype ", dtype_text(bits.scalar_type()),
            "; allowed is int16");
   check_shape(name, bits, shape);
-  AF_CHECK(bits.is_contiguous(), name, ": not in contiguous memory; allowed is that alone");
+  check_dense(name, bits);
   return static_cast<uint16_t*>(bits.mutable_data_ptr());
 }
 
 Tensor new_bits(const Sizes& shape, const Tensor& images) {
-  const Tensor bits = torch::stable::empty(shape, ScalarType::Short, std::nullopt, images.device(), std::nullopt,
-                                           torch::headeronly::MemoryFormat::Contiguous);
+  const Tensor bits = dense(shape, ScalarType::Short, images);
   if (bits.numel() > 0) std::memset(bits.mutable_data_ptr(), 0, static_cast<size_t>(bits.numel()) * sizeof(uint16_t));
   return bits;
 }

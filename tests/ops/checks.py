@@ -34,6 +34,16 @@ def refusal(name, arguments, message):
             getattr(ops, name)(*fakes)
 
 
+def of_geometry(at):
+    """What ops refuse of strides and paddings, arguments number `at` and the next."""
+    return [
+        (at, [1], "stride: allowed is 2 sizes from 1 on"),
+        (at, [1, 0], "stride: allowed is 2 sizes from 1 on"),
+        (at + 1, [1, 1, 1], "padding: allowed is 4 sizes from 0 on"),
+        (at + 1, [0, 0, 0, -1], "padding: allowed is 4 sizes from 0 on"),
+    ]
+
+
 def same_on_any_thread_count(compute):
     """compute() returns tensors, made anew at every call."""
     threads = torch.get_num_threads()

@@ -511,15 +511,6 @@ OF_KERNEL = [
 ]
 
 
-def of_geometry(at):
-    return [
-        (at, [1], "stride: allowed is 2 sizes from 1 on"),
-        (at, [1, 0], "stride: allowed is 2 sizes from 1 on"),
-        (at + 1, [1, 1, 1], "padding: allowed is 4 sizes from 0 on"),
-        (at + 1, [0, 0, 0, -1], "padding: allowed is 4 sizes from 0 on"),
-    ]
-
-
 def of_clips(at):
     return [
         (at + 1, 0.0, r"before: got \(0, 0\); allowed is a lowest value below the highest"),
@@ -546,7 +537,7 @@ REFUSED = {
         *OF_KERNEL,
         (2, torch.zeros(4), r"bias: got shape \[4\]; allowed is \[5\]"),
         (2, torch.zeros(5).bfloat16(), "bias: got dtype bfloat16; allowed is float32"),
-        *of_geometry(3),
+        *checks.of_geometry(3),
         *of_clips(5),
     ],
     "depthwise_conv2d_backward": [
@@ -560,7 +551,7 @@ REFUSED = {
         (4, [6], "size: allowed is 2 sizes from 0 on"),
         (4, [6, -1], "size: allowed is 2 sizes from 0 on"),
         (4, [1, 5], "images: got a padded side of 2"),
-        *of_geometry(5),
+        *checks.of_geometry(5),
         *of_clips(7),
     ],
     "depthwise_conv2d_weight": [
@@ -573,7 +564,7 @@ REFUSED = {
         (2, [0, 3], "size: allowed is 2 sizes from 1 on"),
         (2, [3, 33], "weight: got a side of 33; allowed is 1 to 32"),
         (2, [8, 3], "images: got a padded side of 7"),
-        *of_geometry(3),
+        *checks.of_geometry(3),
     ],
 }
 

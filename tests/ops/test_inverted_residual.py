@@ -406,15 +406,6 @@ def of_depthwise(at):
     ]
 
 
-def of_geometry(at):
-    return [
-        (at, [1], "stride: allowed is 2 sizes from 1 on"),
-        (at, [1, 0], "stride: allowed is 2 sizes from 1 on"),
-        (at + 1, [1, 1, 1], "padding: allowed is 4 sizes from 0 on"),
-        (at + 1, [0, 0, 0, -1], "padding: allowed is 4 sizes from 0 on"),
-    ]
-
-
 OF_IMAGES = [
     (0, torch.zeros(5, 6, 5), "images: got shape"),
     (0, torch.zeros(2, 5, 6, 5).long(), "images: got dtype int64"),
@@ -433,7 +424,7 @@ REFUSED = {
         (6, torch.zeros(7), r"leaving_bias: got shape \[7\]; allowed is \[16\]"),
         (7, 48, "between: got 48; allowed is what fills 2 blocks of 48"),
         (8, 0, "channels: got 0; allowed is at least 1"),
-        *of_geometry(9),
+        *checks.of_geometry(9),
         (11, 6.0, r"clip: got \(6, 6\); allowed is a lowest value below the highest"),
     ],
     "inverted_residual_linear": [
@@ -450,7 +441,7 @@ REFUSED = {
         (7, 0, "channels: got 0; allowed is at least 1"),
         (8, [6], "size: allowed is 2 sizes from 0 on"),
         (8, [1, 5], "images: got a padded side of 2"),
-        *of_geometry(9),
+        *checks.of_geometry(9),
     ],
 }
 
