@@ -230,6 +230,23 @@ def _check_inverted_residual(device: str) -> None:
     _compare("gradient", gradient, torch.autograd.grad(wanted, expected, incoming.double())[0], 1e-4)
 
 
+def _check_winograd_conv2d(device: str) -> None:
+    """Result and gradients against torch's own in float64, of eighths, whose sums are exact in TF32 too."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((2, 3, 7, 6), (20, 3, 3, 3), (20,), (2, 20, 7, 6))
+    *inputs, incoming = (torch.randint(-8, 9, shape, generator=generator) / 8 for shape in shapes)
+    given = [tensor.to(device).requires_grad_() for tensor in inputs]
+    result = ops.winograd_conv2d(*given)
+    expected = [tensor.double().requires_grad_() for tensor in inputs]
+    images, weight, bias = expected
+    wanted = torch.nn.functional.conv2d(images, weight, bias, padding=1)
+    _compare("result", result.detach(), wanted.detach(), 1e-4)
+    gradients = torch.autograd.grad(result, given, incoming.to(device))
+    wanted_gradients = torch.autograd.grad(wanted, expected, incoming.double())
+    for name, one, other in zip(("images", "weight", "bias"), gradients, wanted_gradients, strict=True):
+        _compare(f"gradient of {name}", one, other, 1e-4)
+
+
 def _check_attention(device: str) -> None:
     """Result and gradient against torch's own in float64; on a GPU that of plain products."""
     generator = torch.Generator().manual_seed(6)
@@ -301,6 +318,7 @@ SELF_TESTS: dict[str, Callable[[str], None]] = {
     "smooth": _check_smooth,
     "depthwise_conv2d": _check_depthwise_conv2d,
     "inverted_residual": _check_inverted_residual,
+    "winograd_conv2d": _check_winograd_conv2d,
     "attention": _check_attention,
     "batch_norm": _check_batch_norm,
     "philox_uniform": _check_philox_uniform,

@@ -5,6 +5,7 @@ Importing this tells torch's counters about this package's convolutions too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -114,6 +115,21 @@ def attention(packed: Sizes, *others: Any, **named: Any) -> int:
 def attention_backward(grad: Sizes, packed: Sizes, *others: Any, **named: Any) -> int:
     """Four products, without that of queries and keys again."""
     return 2 * attention(packed)
+
+
+@register_flop_formula(torch.ops.alignfast.winograd_conv2d)
+def winograd_conv2d(
+    images: Sizes,
+    weight: Sizes,
+    bias: Sizes | None,
+    padding: Sequence[int],
+    adjoint: bool,
+    *,
+    out_shape: Sizes,
+    **named: Any,
+) -> int:
+    """As those of a plain convolution, of which the kernel needs a fourth and the transformations."""
+    return _meetings(images if adjoint else out_shape, weight)
 
 
 def _meetings(images: Sizes, weight: Sizes) -> int:

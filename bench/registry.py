@@ -30,10 +30,12 @@ IMAGES: tuple[Shape, ...] = ((8, 3, 224, 224), (32, 3, 224, 224), (128, 3, 224, 
 LOGITS: tuple[Shape, ...] = ((128, 1000), (1024, 1000), (256, 21841))
 # Between two layers of an EfficientNet-Lite2.
 ACTIVATIONS: Shape = (8, 144, 56, 56)
+# Between the 3 x 3 convolutions of a ResNet's second stage at 224 x 224.
+FEATURES: Shape = (8, 128, 28, 28)
 # Images, tokens, three parts, heads and channels of a ViT-S/16 at 224 x 224.
 TOKENS: Shape = (8, 197, 3, 6, 64)
 # Those of the ops' shapes that `make bench` measures.
-USUAL_SHAPES = (IMAGES[1], LOGITS[1], ACTIVATIONS, TOKENS)
+USUAL_SHAPES = (IMAGES[1], LOGITS[1], ACTIVATIONS, FEATURES, TOKENS)
 SIDES: Shape = (3, 224, 224)
 CIFAR_SIDES: Shape = (3, 32, 32)
 # By network and dtype, how many times as fast as torchattacks on two CPU threads.
@@ -337,6 +339,15 @@ OP_CASES: tuple[Case, ...] = (
         "inverted_residual",
         {"backward": partial(work.inverted_residual, gradient=True)},
         [ACTIVATIONS],
+        {"eager": 1.5},
+        dtypes=["fp32"],
+        devices=["cpu"],
+    ),
+    # In half precision layers are left to torch.
+    *_grid(
+        "winograd_conv2d",
+        {"forward": work.winograd_conv2d, "backward": partial(work.winograd_conv2d, gradient=True)},
+        [FEATURES],
         {"eager": 1.5},
         dtypes=["fp32"],
         devices=["cpu"],

@@ -25,6 +25,8 @@ SMOOTHING = 15
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 PASSES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 CHAIN = {torch.float32: 1e-4, torch.bfloat16: 2.0**-4}
+# Of a sum of 36 products by minimal filtering.
+MINIMAL = 5e-5
 COORDINATES = {torch.float32: 1e-3, torch.bfloat16: 2.0**-7}
 # Inputs are drawn on the CPU, so that they are the same everywhere. On torch's "meta" device nothing is: it is where
 # the bytes of a case are counted.
@@ -270,6 +272,38 @@ def inverted_residual(
             chain, images.double(), tuple(weight.double() for weight in weights), incoming.double()
         )(),
         tolerance=ROUNDING[dtype],
+        slack=CHAIN[dtype],
+        moved=images.nbytes + incoming.nbytes,
+        device=device,
+    )
+
+
+def winograd_conv2d(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gradient: bool = False
+) -> Work:
+    """Of channels-last images, to as many channels; reads the images and writes the result, or gradients of both."""
+    channels = shape[1]
+    images = normal(shape, 1, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    incoming = normal(shape, 2, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (normal((channels, channels, 3, 3), 3, device=device) / (3 * channels**0.5)).to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    plain = partial(F.conv2d, padding=1)
+
+    def bind(
+        expression: Expression, images: Tensor = images, weight: Tensor = weight, incoming: Tensor = incoming
+    ) -> Run:
+        if not gradient:
+            return lambda: (expression(images, weight),)
+        leaf = images.detach().requires_grad_()
+        result = cache(lambda: expression(leaf, weight))
+        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+
+    return Work(
+        ours=bind(ops.winograd_conv2d),
+        expression=plain,
+        bind=bind,
+        expected=lambda: bind(plain, images.double(), weight.double(), incoming.double())(),
+        tolerance=MINIMAL,
         slack=CHAIN[dtype],
         moved=images.nbytes + incoming.nbytes,
         device=device,

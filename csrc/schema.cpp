@@ -46,4 +46,5 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
   m.def(
       "philox_uniform(Tensor images, Tensor copies, int[] shape, int seed_low, int seed_high, int step, int purpose, "
       "float low, float high, Tensor? step_offset=None) -> Tensor");
+  m.def("winograd_conv2d(Tensor images, Tensor weight, Tensor? bias, int[] padding, bool adjoint) -> Tensor");
 }

@@ -22,6 +22,7 @@ OPS = [
     "smooth",
     "depthwise_conv2d",
     "inverted_residual",
+    "winograd_conv2d",
     "attention",
     "batch_norm",
     "philox_uniform",

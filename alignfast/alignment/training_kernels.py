@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from alignfast.models.dataflow import Unseen, followed, has_hooks
 from alignfast.models.depthwise import convolved, is_depthwise, same_padding
+from alignfast.models.minimal_filtering import is_minimal, is_served
 from alignfast.native import CPU_DEVICES
-from alignfast.ops import batch_norm
+from alignfast.ops import batch_norm, winograd_conv2d
 from alignfast.ops.interleaved import EVERYTHING
 
 # What the activation behind a normalisation clips to.
@@ -31,10 +32,10 @@ CLIPS: dict[type[nn.Module], tuple[float, float]] = {
 def trained_by_kernels(module: nn.Module, images: Tensor, *, half: bool) -> Iterator[None]:
     """Let the kernels serve where torch's are slow, in a model whose activations are channels-last.
 
-    That is batch normalisations with the rectifiers behind them, or that timm has inside of them; depthwise
-    convolutions with kernels above 3 x 3, for whose weights torch takes some five times as long; and in half precision,
-    where it takes up to thirty times as long, all depthwise ones. The layers are the same objects throughout, with
-    their hooks and their parameters.
+    That is batch normalisations with the rectifiers behind them, or that timm has inside of them; convolutions of 3 x 3
+    of stride 1, except in half precision; depthwise convolutions with kernels above 3 x 3, for whose weights torch
+    takes some five times as long; and in half precision, where it takes up to thirty times as long, all depthwise ones.
+    The layers are the same objects throughout, with their hooks and their parameters.
 
     images: are passed through the model once, to see which rectifiers are behind which normalisations.
     half: whether the passes are under autocast to half precision.
@@ -44,8 +45,8 @@ def trained_by_kernels(module: nn.Module, images: Tensor, *, half: bool) -> Iter
     pairs = followed(module, lambda: module(images), norms.__contains__, _is_rectifier) if norms else []
     kinds = {part: type(part) for part in slow.union(one.follower for one in pairs)}
     try:
-        for part, kind in kinds.items():
-            part.__class__ = TRAINED[kind]
+        for part in kinds:
+            part.__class__ = _trained(part)
         for one in pairs:
             layer: Any = one.layer
             rectifier: Any = one.follower
@@ -64,12 +65,18 @@ def _is_slow(part: nn.Module, half: bool) -> bool:
         return False
     if isinstance(part, nn.BatchNorm2d):
         return weight.dtype == torch.float32 and part.track_running_stats
+    if is_minimal(part):
+        return weight.dtype == torch.float32 and not half
     return (
         is_depthwise(part)
         and part.padding_mode == "zeros"
         and isinstance(part.padding, tuple)
         and (half or max(part.kernel_size) > 3)
     )
+
+
+def _trained(part: nn.Module) -> type[nn.Module]:
+    return (MINIMAL if is_minimal(part) else TRAINED)[type(part)]
 
 
 class TrainedConv2d(nn.Conv2d):
@@ -82,6 +89,25 @@ class TrainedConv2d(nn.Conv2d):
 class TrainedConv2dSame(Conv2dSame):
     def forward(self, input: Tensor) -> Tensor:
         return convolved(input, self, same_padding(input, self))
+
+
+class TrainedMinimalConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if not is_served(input, padding):
+            return super().forward(input)
+        return winograd_conv2d(input, self.weight, self.bias, padding=padding)
+
+
+class TrainedMinimalConv2dSame(Conv2dSame):
+    """Behind TensorFlow's padding, which is one zero all around for these."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_served(input, (1, 1)):
+            # Timm's own has no types.
+            alone: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+            return alone
+        return winograd_conv2d(input, self.weight, self.bias, padding=(1, 1))
 
 
 class Spared(nn.Module):
@@ -148,6 +174,12 @@ TRAINED: dict[type[nn.Module], type[nn.Module]] = {
     BatchNormAct2d: TrainedBatchNormAct2d,
     nn.ReLU: TrainedReLU,
     nn.ReLU6: TrainedReLU6,
+}
+
+# Of those, convolutions of 3 x 3 of stride 1.
+MINIMAL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: TrainedMinimalConv2d,
+    Conv2dSame: TrainedMinimalConv2dSame,
 }
 
 

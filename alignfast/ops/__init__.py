@@ -9,6 +9,7 @@ from alignfast.ops.kl_div_with_logits import kl_div_with_logits
 from alignfast.ops.philox_uniform import philox_uniform
 from alignfast.ops.sign_step import sign_step
 from alignfast.ops.smooth import smooth
+from alignfast.ops.winograd_conv2d import winograd_conv2d
 
 __all__ = [
     "Mixing",
@@ -24,4 +25,5 @@ __all__ = [
     "philox_uniform",
     "sign_step",
     "smooth",
+    "winograd_conv2d",
 ]

@@ -66,24 +66,34 @@ void with_constant(int64_t count, Visit visit) {
   visit(Constant<N>());
 }
 
-// Calls visit(first pixel, a constant: how many) for tiles of nearly equal size that make up `count` pixels.
-template <class V, class Visit>
-void each_tile(int64_t count, Visit visit) {
-  constexpr int PIXELS = Tile<V>::PIXELS;
-  const int64_t tiles = (count + PIXELS - 1) / PIXELS;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = count * i / tiles;
-    with_constant<PIXELS>(count * (i + 1) / tiles - first, [&](auto pixels) { visit(first, pixels); });
+// Calls visit(first, a constant: how many) for parts of nearly equal size, at most MOST, that make up `count`.
+template <int MOST, class Visit>
+void each_few(int64_t count, Visit visit) {
+  const int64_t parts = (count + MOST - 1) / MOST;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t first = count * i / parts;
+    with_constant<MOST>(count * (i + 1) / parts - first, [&](auto few) { visit(first, few); });
   }
 }
 
-// Calls visit(first channel, a constant: how many lanes) for lanes that make up `channels`, a multiple of them.
-template <class V, class Visit>
-void each_width(int64_t channels, Visit visit) {
-  constexpr int WIDE = Tile<V>::LANES_WIDE;
+// Calls visit(first channel, a constant: how many lanes, at most WIDE) for lanes that make up `channels`, a multiple of
+// them.
+template <int WIDE, class Visit>
+void each_wide(int64_t channels, Visit visit) {
   for (int64_t first = 0; first < channels; first += WIDE * LANES) {
     with_constant<WIDE>(smaller<int64_t>(WIDE, (channels - first) / LANES), [&](auto lanes) { visit(first, lanes); });
   }
+}
+
+// The same as registers hold them.
+template <class V, class Visit>
+void each_tile(int64_t count, Visit visit) {
+  each_few<Tile<V>::PIXELS>(count, visit);
+}
+
+template <class V, class Visit>
+void each_width(int64_t channels, Visit visit) {
+  each_wide<Tile<V>::LANES_WIDE>(channels, visit);
 }
 
 // sums[n] += values[n, :depth] times weights[:depth, lanes]; values of a row are `step` apart, and rows `between`.

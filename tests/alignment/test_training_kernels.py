@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_iter
 
-from alignfast.alignment.training_kernels import TRAINED, TrainedBatchNorm2d, trained_by_kernels
+from alignfast.alignment.training_kernels import MINIMAL, TRAINED, TrainedBatchNorm2d, trained_by_kernels
 from tests.alignment import test_align as plain
 
 WIDTH, CLASSES = 24, 5
@@ -312,6 +312,40 @@ def test_parametrized_weights_are_left_to_torch() -> None:
     kind = type(layer)
     with trained_by_kernels(layer, images(), half=True):
         assert type(layer) is kind
+
+
+def minimal_network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, WIDTH, 3, padding=1),
+            nn.Conv2d(WIDTH, 16, 3, padding=1),
+            nn.ReLU(),
+            Conv2dSame(16, 20, 3, bias=False),
+            nn.Conv2d(20, 20, 3, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(20, CLASSES),
+        ).to(memory_format=torch.channels_last)
+
+
+def test_convolutions_of_3_x_3_and_their_gradients() -> None:
+    model = minimal_network()
+    wanted = trained(copy.deepcopy(model).double(), images().double(), kernels=False, half=False)
+    found = trained(model, images(), kernels=True, half=False)
+    assert len(found) == 10
+    assert max(distances(found, wanted).values()) < 1e-5
+    # As they differ from torch's, they served.
+    assert not torch.equal(found["logits"], trained(model, images(), kernels=False, half=False)["logits"])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_convolutions_of_3_x_3_are_served_in_float32(half: bool) -> None:
+    model = minimal_network()
+    kinds = [type(part) for part in model]
+    with trained_by_kernels(model, images(), half=half):
+        assert [i for i, part in enumerate(model) if type(part) in MINIMAL.values()] == ([] if half else [1, 3])
+    assert [type(part) for part in model] == kinds
 
 
 def test_twenty_steps_of_a_run_equal_the_plain_loop() -> None:

@@ -86,6 +86,17 @@ def test_an_inverted_residual_counts_as_its_convolutions(stride: int, gradient: 
     assert counter.get_total_flops() == (1 + gradient) * wanted
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_minimal_filtering_counts_as_the_plain_convolution(gradient: bool, padding: int) -> None:
+    images, weight = torch.zeros(IMAGES, requires_grad=gradient), torch.zeros(5, 8, 3, 3)
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+        result = ops.winograd_conv2d(images, weight, padding=(padding, padding))
+        if gradient:
+            result.sum().backward()
+    assert counter.get_total_flops() == (1 + gradient) * 2 * 2 * {0: 16, 1: 36}[padding] * 5 * 8 * 9
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_attention_counts_as_its_products(gradient: bool) -> None:
     packed = torch.zeros(2, 7, 3, 5, 4, requires_grad=gradient)

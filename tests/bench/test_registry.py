@@ -32,6 +32,9 @@ BYTES = {
     # A sixth as many channels, but one at least.
     ("inverted_residual", "forward", "bf16"): 2 * 512 * 2,
     ("inverted_residual", "backward", "fp32"): 2 * 512 * 4,
+    # Images in and the result out, or its gradient in and theirs out.
+    ("winograd_conv2d", "forward", "fp32"): 2 * 1536 * 4,
+    ("winograd_conv2d", "backward", "fp32"): 2 * 1536 * 4,
     # Queries, keys, values and what comes out, or its gradient and theirs: 4 x 288.
     ("attention", "forward", "fp32"): 4 * 288 * 4,
     ("attention", "backward", "bf16"): 4 * 288 * 2,
@@ -202,4 +205,4 @@ def test_selection() -> None:
     usual = select(extended=False)
     assert {case.kind for case in usual if case.group == "ops"} == {case.kind for case in OP_CASES}
     shapes = {case.shape for case in usual if case.group == "ops"}
-    assert shapes == {(32, 3, 224, 224), (1024, 1000), (8, 144, 56, 56), (8, 197, 3, 6, 64)}
+    assert shapes == {(32, 3, 224, 224), (1024, 1000), (8, 144, 56, 56), (8, 128, 28, 28), (8, 197, 3, 6, 64)}

@@ -108,6 +108,16 @@ def inverted_residual():
         yield label(shape, middle, channels, size, step, dtype, clip), with_gradient(result, images)
 
 
+def winograd_conv2d():
+    """Without the gradients of the weight and the bias, which are torch's."""
+    convolutions = [((1, 1, 1, 1), 1, 1), ((2, 15, 7, 5), 33, 1), ((3, 20, 6, 9), 100, 0), ((30, 16, 9, 8), 16, 1)]
+    for (shape, channels, padding), dtype in product(convolutions, cases.DTYPES):
+        images = cases.random(shape, 1, dtype, low=-1).requires_grad_()
+        weight = cases.random((channels, shape[1], 3, 3), 2, dtype, low=-1)
+        result = ops.winograd_conv2d(images, weight, cases.random((channels,), 3, dtype), padding=(padding, 1))
+        yield label(shape, channels, padding, dtype), with_gradient(result, images)
+
+
 def attention():
     shapes = [(1, 1, 1, 1), (2, 17, 3, 5), (1, 70, 2, 16), (3, 33, 5, 24)]
     for (count, length, heads, width), dtype in product(shapes, cases.DTYPES):
@@ -186,6 +196,7 @@ OPS = [
     smooth,
     depthwise_conv2d,
     inverted_residual,
+    winograd_conv2d,
     attention,
     batch_norm,
     kl_div_with_logits,

@@ -15,6 +15,7 @@
 #include "cpu/philox_uniform.h"
 #include "cpu/sign_step.h"
 #include "cpu/smooth.h"
+#include "cpu/winograd_conv2d.h"
 
 namespace {
 
@@ -257,6 +258,31 @@ void run_inverted_residual(Dtype dtype, int64_t channels, int64_t stride) {
              std::to_string(stride));
 }
 
+// Of three images of 6 x 9 pixels, once with the weight of the convolution and once with that of its gradient.
+void run_winograd_conv2d(Dtype dtype, int64_t channels, int64_t made) {
+  constexpr int64_t COUNT = 3, ROWS = 6, COLUMNS = 9, TILES = COUNT * 2 * 3;
+  const int64_t padded = (made + 15) / 16 * 16, slices = (made + WINOGRAD_SLICE - 1) / WINOGRAD_SLICE;
+  const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  Buffer images(dtype, COUNT * ROWS * COLUMNS * channels, -1, 1, 1);
+  Buffer weight(dtype, made * channels * 9, -1, 1, 2), bias(dtype, made, -1, 1, 3);
+  Buffer transformed(wide, slices * WINOGRAD_PLACES * apart(channels * WINOGRAD_SLICE), 0, 1, 4);
+  Buffer result(dtype, COUNT * ROWS * COLUMNS * made, 0, 1, 5);
+  const WinogradPass pass{dtype,   images.data(), ROWS,   COLUMNS, channels, result.data(),      ROWS,
+                          COLUMNS, made,          padded, 1,       1,        transformed.data(), bias.data()};
+  Hash hash;
+  for (const bool side_by_side : {false, true}) {
+    WinogradWeight from{dtype, weight.data(), {channels * 9, 9, 3, 1}, channels, made, padded};
+    if (side_by_side)
+      from = {dtype, weight.data(), {1, made, 3 * channels * made, channels * made}, channels, made, padded};
+    AF_ISA::winograd_weights(from, transformed.data(), 0, slices * ((channels + 15) / 16));
+    AF_ISA::winograd_tiles(pass, 0, TILES / 2, 0, padded);
+    AF_ISA::winograd_tiles(pass, TILES / 2, TILES, 0, padded);
+    result.add_to(hash);
+  }
+  hash.print(std::string("winograd_conv2d ") + name_of(dtype) + " " + std::to_string(channels) + " " +
+             std::to_string(made));
+}
+
 // Three heads of two images, and their gradients.
 void run_attention(Dtype dtype, int64_t tokens, int64_t width) {
   constexpr int64_t COUNT = 2, HEADS = 3;
@@ -386,6 +412,9 @@ int main() {
     }
     for (const int64_t tokens : {1, 17, 70}) {
       for (const int64_t width : {1, 16, 20}) run_attention(dtype, tokens, width);
+    }
+    for (const int64_t channels : {1, 16, 33}) {
+      for (const int64_t made : {1, 32, 70}) run_winograd_conv2d(dtype, channels, made);
     }
     for (const int64_t channels : {1, 15, 33, 130}) {
       for (const int64_t stride : {1, 2, 4}) run_depthwise_conv2d(dtype, channels, stride);

@@ -23,6 +23,7 @@ from alignfast.ops import (
     philox_uniform,
     sign_step,
     smooth,
+    winograd_conv2d,
 )
 
 THREADS = 2
@@ -122,6 +123,11 @@ def convolutions(dtype):
     leaf = narrow.clone().requires_grad_()
     yield "inverted_residual", lambda: [residual(narrow)]
     yield "inverted_residual backward", adjoint(residual(leaf), leaf)
+    features = torch.randn(16, 64, 56, 56).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3).to(dtype)
+    leaf = features.clone().requires_grad_()
+    yield "winograd_conv2d", lambda: [winograd_conv2d(features, weight)]
+    yield "winograd_conv2d backward", adjoint(winograd_conv2d(leaf, weight), leaf)
     leaf = torch.randn(8, 197, 3, 6, 64).to(dtype).requires_grad_()
     yield "attention", lambda leaf=leaf: [attention(leaf.detach())]
     yield "attention backward", adjoint(attention(leaf), leaf)

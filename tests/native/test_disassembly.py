@@ -87,7 +87,7 @@ def is_avx512(instruction):
 
 
 # What says itself where it multiplies and adds in one rounding (products.h).
-PRODUCTS = ("attention_kernel", "inverted_residual_kernel")
+PRODUCTS = ("attention_kernel", "inverted_residual_kernel", "winograd_conv2d_kernel")
 
 
 @pytest.mark.parametrize("isa", REGISTERS)

@@ -19,7 +19,10 @@ ALLOWED = 64 * 1024
 # is not stored.
 # Attention holds at most, of a head of 197 tokens and 64 channels: queries, keys, values, gradients, two of them
 # across, sums for two, and two blocks of 64 queries' products with all tokens.
+# A convolution by minimal filtering holds, of 64 channels, 36 values for each pair of them, for both threads together,
+# and for each of 48 tiles 36 of every channel that goes in and comes out.
 EXTRA = {
+    "winograd_conv2d": 36 * (64 * 64 + 16) * 4 // 2 + 2 * 36 * (48 * 64 + 16) * 4,
     "attention": (8 * 208 * 64 + 2 * 64 * 208) * 4,
     "depthwise_conv2d": 3 * 58 * 144 * 4,
     "batch_norm": -(-16 * 56 * 56 // 113) * 2 * 144 * 8 // 2,

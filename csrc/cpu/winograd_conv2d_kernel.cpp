@@ -1,0 +1,287 @@
+#include "cpu/buffer.h"
+#include "cpu/lanes.h"
+#include "cpu/products.h"
+#include "cpu/vectors.h"
+#include "cpu/winograd_conv2d.h"
+#include "with_type.h"
+
+namespace alignfast::AF_ISA {
+
+namespace {
+
+constexpr int64_t PLACES = WINOGRAD_PLACES, SLICE = WINOGRAD_SLICE, TILE_IN = WINOGRAD_IN, TILE_OUT = WINOGRAD_OUT;
+// Tiles that are worked on together, for which weights are read once; fewer where their pixels, transformed, would be
+// more than so many bytes.
+constexpr int64_t MOST_TILES = 48, FEWEST_TILES = 12, MOST_BYTES = 1 << 21;
+
+int64_t tiles_together(int64_t bytes) {
+  return larger(FEWEST_TILES, smaller(MOST_TILES, MOST_BYTES / larger<int64_t>(bytes, 1)));
+}
+
+template <class V>
+AF_INLINE Lanes<V> operator+(const Lanes<V>& a, const Lanes<V>& b) {
+  return a.with(b, [](auto x, auto y) { return x + y; });
+}
+
+template <class V>
+AF_INLINE Lanes<V> operator-(const Lanes<V>& a, const Lanes<V>& b) {
+  return a.with(b, [](auto x, auto y) { return x - y; });
+}
+
+// factor * a + b, rounded once.
+template <class V>
+AF_INLINE Lanes<V> scaled(double factor, const Lanes<V>& a, const Lanes<V>& b) {
+  return fused(Lanes<V>::filled(static_cast<V>(factor)), a, b);
+}
+
+// The three matrices of Lavin and Gray (CVPR 2016, eq. 8 and sec. 4.3), applied to one row or column.
+template <class V>
+AF_INLINE void of_pixels(const Lanes<V> (&d)[6], Lanes<V> (&t)[6]) {
+  const Lanes<V> a = scaled(-4, d[2], d[4]), b = scaled(-4, d[1], d[3]);
+  const Lanes<V> c = d[4] - d[2], e = d[3] - d[1];
+  t[0] = scaled(4, d[0], scaled(-5, d[2], d[4]));
+  t[1] = a + b;
+  t[2] = a - b;
+  t[3] = scaled(2, e, c);
+  t[4] = scaled(-2, e, c);
+  t[5] = scaled(4, d[1], scaled(-5, d[3], d[5]));
+}
+
+template <class V>
+AF_INLINE void of_weights(const Lanes<V> (&g)[3], Lanes<V> (&t)[6]) {
+  const Lanes<V> none = Lanes<V>::filled(0);
+  const Lanes<V> ends = scaled(1.0 / 6, g[0] + g[2], none), middle = scaled(1.0 / 6, g[1], none);
+  const Lanes<V> far = scaled(1.0 / 24, g[0], scaled(1.0 / 6, g[2], none));
+  t[0] = scaled(0.25, g[0], none);
+  t[1] = none - (ends + middle);
+  t[2] = middle - ends;
+  t[3] = scaled(1.0 / 12, g[1], far);
+  t[4] = scaled(-1.0 / 12, g[1], far);
+  t[5] = g[2];
+}
+
+template <class V>
+AF_INLINE void of_sums(const Lanes<V> (&m)[6], Lanes<V> (&o)[4]) {
+  const Lanes<V> near = m[1] + m[2], far = m[3] + m[4];
+  const Lanes<V> near_slope = m[1] - m[2], far_slope = m[3] - m[4];
+  o[0] = m[0] + (near + far);
+  o[1] = scaled(2, far_slope, near_slope);
+  o[2] = scaled(4, far, near);
+  o[3] = scaled(8, far_slope, near_slope) + m[5];
+}
+
+// Taps of a slice of the result's channels and 16 of the images, [3, 3, of the images, of the result].
+template <class T>
+struct Taps {
+  Wide<T> values[3][3][LANES][SLICE];
+
+  // From the first of these channels on; zero beyond the `count` channels of the result that there are.
+  void read(const WinogradWeight& weight, const T* from, int64_t depth, int64_t count) {
+    for (int64_t k = 0; k < SLICE; ++k) {
+      for (int i = 0; i < 3; ++i) {
+        for (int j = 0; j < 3; ++j) {
+          const T* tap = from + k * weight.strides[0] + i * weight.strides[2] + j * weight.strides[3];
+          for (int64_t c = 0; c < depth; ++c) values[i][j][c][k] = k < count ? widen(tap[c * weight.strides[1]]) : 0;
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+void transform_weights(const WinogradWeight& weight, void* transformed, int64_t begin, int64_t end) {
+  using V = Wide<T>;
+  const int64_t groups = (weight.in_channels + LANES - 1) / LANES;
+  const Buffer<Taps<T>> taps(1);
+  for (; begin < end; ++begin) {
+    const int64_t k = begin / groups * SLICE, c = begin % groups * LANES;
+    const int64_t width = slice_width(k, weight.padded_channels), between = apart(weight.in_channels * width);
+    const int64_t depth = smaller<int64_t>(LANES, weight.in_channels - c);
+    const T* from = static_cast<const T*>(weight.values) + k * weight.strides[0] + c * weight.strides[1];
+    taps[0].read(weight, from, depth, weight.out_channels - k);
+    V* to = static_cast<V*>(transformed) + slice_offset(k, weight.in_channels) + c * width;
+    for (int64_t n = 0; n < depth; ++n, to += width) {
+      for (int64_t lane = 0; lane < width; lane += LANES) {
+        Lanes<V> columns[3][6];
+        for (int j = 0; j < 3; ++j) {
+          Lanes<V> column[3];
+          for (int i = 0; i < 3; ++i) column[i] = Lanes<V>::load(&taps[0].values[i][j][n][lane]);
+          of_weights(column, columns[j]);
+        }
+        for (int i = 0; i < 6; ++i) {
+          const Lanes<V> row[3] = {columns[0][i], columns[1][i], columns[2][i]};
+          Lanes<V> made[6];
+          of_weights(row, made);
+          for (int j = 0; j < 6; ++j) made[j].store(to + (i * 6 + j) * between + lane);
+        }
+      }
+    }
+  }
+}
+
+// Where a tile lies.
+struct Place {
+  int64_t image, row, column;
+};
+
+Place place_of(const WinogradPass& pass, int64_t tile) {
+  const int64_t across = (pass.out_columns + TILE_OUT - 1) / TILE_OUT, down = (pass.out_rows + TILE_OUT - 1) / TILE_OUT;
+  return {tile / (across * down), tile / across % down * TILE_OUT, tile % across * TILE_OUT};
+}
+
+// Up to 16 values.
+template <class T>
+AF_INLINE void copy_some(const T* from, int64_t count, T* to) {
+  if (count >= LANES) {
+    std::memcpy(to, from, LANES * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
+// Of 16 channels of a tile: pixel (i, j) at from[i * row + j * column], its place at to[(6 * i + j) * between].
+// Column by column, since unrolled, which the compiler is kept from, it takes more registers than there are.
+template <class T>
+AF_INLINE void enter(const T* from, int64_t row, int64_t column, int64_t between, Wide<T>* to) {
+  using V = Wide<T>;
+  Lanes<V> rows[6][6];
+#pragma GCC unroll 1
+  for (int j = 0; j < 6; ++j) {
+    Lanes<V> pixels[6], made[6];
+    for (int i = 0; i < 6; ++i) pixels[i] = widened(from + i * row + j * column);
+    of_pixels(pixels, made);
+    for (int i = 0; i < 6; ++i) rows[i][j] = made[i];
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < 6; ++i) {
+    Lanes<V> made[6];
+    of_pixels(rows[i], made);
+    for (int j = 0; j < 6; ++j) made[j].store(to + (6 * i + j) * between);
+  }
+}
+
+// The way back, of 4 x 4 pixels.
+template <class T>
+AF_INLINE void leave(const Wide<T>* from, int64_t between, const Lanes<Wide<T>>& bias, int64_t row, int64_t column,
+                     T* to) {
+  using V = Wide<T>;
+  Lanes<V> rows[4][6];
+#pragma GCC unroll 1
+  for (int j = 0; j < 6; ++j) {
+    Lanes<V> sums[6], made[4];
+    for (int i = 0; i < 6; ++i) sums[i] = Lanes<V>::load(from + (6 * i + j) * between);
+    of_sums(sums, made);
+    for (int i = 0; i < 4; ++i) rows[i][j] = made[i];
+    for (int i = 0; i < 4 && j < 4; ++i) __builtin_prefetch(to + i * row + j * column, 1);
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < 4; ++i) {
+    Lanes<V> made[4];
+    of_sums(rows[i], made);
+    for (int j = 0; j < 4; ++j) store_narrowed(made[j] + bias, to + i * row + j * column);
+  }
+}
+
+// All channels of a tile: to[place * between + channel].
+template <class T>
+void enter_tile(const WinogradPass& pass, const Place& place, int64_t between, Wide<T>* to) {
+  const int64_t depth = pass.in_channels, top = place.row - pass.above, left = place.column - pass.left;
+  const T* image = static_cast<const T*>(pass.in) + place.image * pass.in_rows * pass.in_columns * depth;
+  const auto pixel = [&](int64_t i, int64_t j) { return image + ((top + i) * pass.in_columns + left + j) * depth; };
+  const int64_t first_row = larger<int64_t>(0, -top), last_row = smaller(TILE_IN, pass.in_rows - top);
+  const int64_t first_column = larger<int64_t>(0, -left), last_column = smaller(TILE_IN, pass.in_columns - left);
+  int64_t c = 0;
+  if (first_row == 0 && first_column == 0 && last_row == TILE_IN && last_column == TILE_IN) {
+    for (; c + LANES <= depth; c += LANES) enter(pixel(0, 0) + c, pass.in_columns * depth, depth, between, to + c);
+  }
+  for (; c < depth; c += LANES) {
+    T filled[TILE_IN][TILE_IN][LANES] = {};
+    for (int64_t i = first_row; i < last_row; ++i) {
+      for (int64_t j = first_column; j < last_column; ++j) copy_some(pixel(i, j) + c, depth - c, filled[i][j]);
+    }
+    enter(filled[0][0], TILE_IN * LANES, LANES, between, to + c);
+  }
+}
+
+// From sums[place * between + channel - first], for channels first .. last.
+template <class T>
+void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int64_t last, int64_t between,
+                const Wide<T>* sums) {
+  using V = Wide<T>;
+  const int64_t depth = pass.out_channels;
+  T* image = static_cast<T*>(pass.out) + place.image * pass.out_rows * pass.out_columns * depth;
+  const auto pixel = [&](int64_t i, int64_t j) {
+    return image + ((place.row + i) * pass.out_columns + place.column + j) * depth;
+  };
+  const int64_t rows = smaller(TILE_OUT, pass.out_rows - place.row);
+  const int64_t columns = smaller(TILE_OUT, pass.out_columns - place.column);
+  const bool whole = rows == TILE_OUT && columns == TILE_OUT;
+  const T* biases = static_cast<const T*>(pass.bias);
+  for (int64_t c = first; c < smaller(last, depth); c += LANES, sums += LANES) {
+    T values[LANES] = {};
+    if (biases != nullptr) copy_some(biases + c, depth - c, values);
+    const Lanes<V> bias = widened(values);
+    if (whole && c + LANES <= depth) {
+      leave(sums, between, bias, pass.out_columns * depth, depth, pixel(0, 0) + c);
+      continue;
+    }
+    T made[TILE_OUT][TILE_OUT][LANES];
+    leave(sums, between, bias, TILE_OUT * LANES, LANES, made[0][0]);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) copy_some(made[i][j], depth - c, pixel(i, j) + c);
+    }
+  }
+}
+
+// sums[tile, channel] = pixels[tile, :] times weights[:, channel].
+template <class V>
+void multiply(const V* pixels, int64_t tiles, int64_t between, int64_t depth, const V* weights, int64_t width,
+              V* sums) {
+  constexpr int REGISTERS = Tile<V>::REGISTERS / Lanes<V>::PARTS;
+  each_wide<VECTOR_BYTES == 64 ? 4 : 1>(width, [&]<int C>(int64_t channel, Constant<C>) {
+    each_few<(REGISTERS / C < 12 ? REGISTERS / C : 12)>(tiles, [&]<int N>(int64_t first, Constant<N>) {
+      Lanes<V> total[N][C];
+      fill_with<V>(nullptr, total);
+      add_products(pixels + first * between, between, 1, depth, weights + channel, width, total);
+      store_sums(total, width, sums + first * width + channel);
+    });
+  });
+}
+
+template <class T>
+void tiles_of(const WinogradPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  using V = Wide<T>;
+  const int64_t between = (pass.in_channels + LANES - 1) / LANES * LANES;
+  const int64_t chunk = smaller(end - begin, tiles_together(PLACES * between * sizeof(V)));
+  const int64_t depth = pass.in_channels;
+  const Buffer<V> pixels(PLACES * apart(chunk * between)), sums(PLACES * apart(chunk * SLICE));
+  for (; begin < end; begin += chunk) {
+    const int64_t tiles = smaller(chunk, end - begin), pixels_apart = apart(tiles * between);
+    for (int64_t i = 0; i < tiles; ++i) {
+      enter_tile<T>(pass, place_of(pass, begin + i), pixels_apart, pixels + i * between);
+    }
+    for (int64_t k = first; k < last; k += SLICE) {
+      const int64_t width = slice_width(k, pass.padded_channels), sums_apart = apart(tiles * width);
+      const V* weights = static_cast<const V*>(pass.weight) + slice_offset(k, depth);
+      for (int64_t place = 0; place < PLACES; ++place) {
+        multiply<V>(pixels + place * pixels_apart, tiles, between, depth, weights + place * apart(depth * width), width,
+                    sums + place * sums_apart);
+      }
+      for (int64_t i = 0; i < tiles; ++i) {
+        leave_tile<T>(pass, place_of(pass, begin + i), k, k + width, sums_apart, sums + i * width);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void winograd_weights(const WinogradWeight& weight, void* transformed, int64_t begin, int64_t end) {
+  with_type(weight.dtype, [&](auto type) { transform_weights<decltype(type)>(weight, transformed, begin, end); });
+}
+
+void winograd_tiles(const WinogradPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  with_type(pass.dtype, [&](auto type) { tiles_of<decltype(type)>(pass, begin, end, first, last); });
+}
+
+}  // namespace alignfast::AF_ISA
