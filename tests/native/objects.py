@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import capstone
@@ -20,7 +21,7 @@ PACKED_ARITHMETIC = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instruction:
     address: int
     mnemonic: str
@@ -94,6 +95,7 @@ def defined_functions(path: Path) -> list[Symbol]:
     return [s for s in symbols(path) if s["st_info"]["type"] == "STT_FUNC" and s["st_shndx"] != "SHN_UNDEF"]
 
 
+@cache
 def functions(path: Path) -> dict[str, Function]:
     """Those that an x86-64 object file defines, by their mangled names."""
     found: dict[str, Function] = {}
