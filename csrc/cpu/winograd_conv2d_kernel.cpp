@@ -75,13 +75,25 @@ template <class T>
 struct Taps {
   Wide<T> values[3][3][LANES][SLICE];
 
-  // From the first of these channels on; zero beyond the `count` channels of the result that there are.
-  void read(const WinogradWeight& weight, const T* from, int64_t depth, int64_t count) {
-    for (int64_t k = 0; k < SLICE; ++k) {
-      for (int i = 0; i < 3; ++i) {
-        for (int j = 0; j < 3; ++j) {
-          const T* tap = from + k * weight.strides[0] + i * weight.strides[2] + j * weight.strides[3];
-          for (int64_t c = 0; c < depth; ++c) values[i][j][c][k] = k < count ? widen(tap[c * weight.strides[1]]) : 0;
+  // From the first of these channels on; zero beyond the `width` channels of the result that there are. Those that lie
+  // side by side in memory are read one after another.
+  void read(const WinogradWeight& weight, const T* from, int64_t depth, int64_t width) {
+    const int64_t *strides = weight.strides, step = strides[0], row = strides[1];
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) {
+        const T* tap = from + i * strides[2] + j * strides[3];
+        auto& to = values[i][j];
+        for (int64_t c = 0; c < LANES; ++c) {
+          for (int64_t k = width; k < SLICE; ++k) to[c][k] = 0;
+        }
+        if (step == 1) {
+          for (int64_t c = 0; c < depth; ++c) {
+            for (int64_t k = 0; k < width; ++k) to[c][k] = widen(tap[c * row + k]);
+          }
+        } else {
+          for (int64_t k = 0; k < width; ++k) {
+            for (int64_t c = 0; c < depth; ++c) to[c][k] = widen(tap[k * step + c * row]);
+          }
         }
       }
     }
@@ -98,7 +110,7 @@ void transform_weights(const WinogradWeight& weight, void* transformed, int64_t 
     const int64_t width = slice_width(k, weight.padded_channels), between = apart(weight.in_channels * width);
     const int64_t depth = smaller<int64_t>(LANES, weight.in_channels - c);
     const T* from = static_cast<const T*>(weight.values) + k * weight.strides[0] + c * weight.strides[1];
-    taps[0].read(weight, from, depth, weight.out_channels - k);
+    taps[0].read(weight, from, depth, smaller(SLICE, weight.out_channels - k));
     V* to = static_cast<V*>(transformed) + slice_offset(k, weight.in_channels) + c * width;
     for (int64_t n = 0; n < depth; ++n, to += width) {
       for (int64_t lane = 0; lane < width; lane += LANES) {
