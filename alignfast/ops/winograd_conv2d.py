@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignfast.checks import check_shape
 from alignfast.native import CPU_DEVICES
 from alignfast.ops.dense import check_dense
+from alignfast.ops.depthwise_conv2d import _check_like
 from alignfast.ops.interleaved import check_interleaved, check_interleaved_images, interleaved
 from alignfast.reference import winograd_conv2d as reference
 
@@ -67,15 +67,9 @@ def _check(
     """The size of the result."""
     check_interleaved_images("images", images)
     channels = images.shape[1]
-    check_shape("weight", weight.shape, (channels, None, 3, 3) if adjoint else (None, channels, 3, 3))
+    _check_like("weight", weight, images, (channels, None, 3, 3) if adjoint else (None, channels, 3, 3))
     if bias is not None:
-        check_shape("bias", bias.shape, (weight.shape[1 if adjoint else 0],))
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (images.dtype, images.device):
-            raise ValueError(
-                f"{name}: got {tensor.dtype} on {tensor.device} for images of {images.dtype} on {images.device}; "
-                "allowed is one dtype and device"
-            )
+        _check_like("bias", bias, images, (weight.shape[1 if adjoint else 0],))
     if len(padding) != 2 or not all(0 <= side <= 2 for side in padding):
         raise ValueError(f"padding: got {list(padding)}; allowed is 2 sizes from 0 to 2")
     size = [side + 2 * more - 2 for side, more in zip(images.shape[2:], padding, strict=True)]

@@ -363,9 +363,11 @@ def test_twenty_steps_of_a_run_equal_the_plain_loop() -> None:
 
 
 @pytest.mark.slow
-def test_it_compiles() -> None:
-    model = network().train()
-    with trained_by_kernels(model, images(), half=False):
-        eager = model(images())
-        compiled = torch.compile(copy.deepcopy(model))(images())
+@pytest.mark.parametrize("make", [network, minimal_network])
+def test_it_compiles(make: Callable[[], nn.Sequential]) -> None:
+    model = make().train()
+    shown = images().contiguous(memory_format=torch.channels_last)
+    with trained_by_kernels(model, shown, half=False):
+        eager = model(shown)
+        compiled = torch.compile(copy.deepcopy(model))(shown)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
