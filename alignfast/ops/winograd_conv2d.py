@@ -27,6 +27,8 @@ def winograd_conv2d(
     ten times as much as those of a plain sum in the same precision, which in float32 is 1e-5 of their size. Gradients
     of images are computed in the same way, those of the weight by torch; both can be differentiated again.
 
+    What is infinite or NaN spreads to all 4 x 4 pixels that are made with it, and so does an overflow on the way.
+
     On the CPU half precision is computed in float32 and rounded once; on other devices torch's convolution serves.
 
     Args:
