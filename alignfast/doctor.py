@@ -6,7 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -204,10 +204,7 @@ def _check_depthwise_conv2d(device: str) -> None:
     clip = torch.nn.functional.hardtanh
     wanted = clip(torch.nn.functional.conv2d(clip(images), weight, bias, stride=(2, 1), padding=1, groups=3))
     _compare("result", result.detach(), wanted.detach(), 1e-5)
-    gradients = torch.autograd.grad(result, given, incoming.to(device))
-    wanted_gradients = torch.autograd.grad(wanted, expected, incoming.double())
-    for name, one, other in zip(("images", "weight", "bias"), gradients, wanted_gradients, strict=True):
-        _compare(f"gradient of {name}", one, other, 1e-5)
+    _compare_gradients((result, given), (wanted, expected), incoming, 1e-5)
 
 
 def _check_inverted_residual(device: str) -> None:
@@ -241,10 +238,7 @@ def _check_winograd_conv2d(device: str) -> None:
     images, weight, bias = expected
     wanted = torch.nn.functional.conv2d(images, weight, bias, padding=1)
     _compare("result", result.detach(), wanted.detach(), 1e-4)
-    gradients = torch.autograd.grad(result, given, incoming.to(device))
-    wanted_gradients = torch.autograd.grad(wanted, expected, incoming.double())
-    for name, one, other in zip(("images", "weight", "bias"), gradients, wanted_gradients, strict=True):
-        _compare(f"gradient of {name}", one, other, 1e-4)
+    _compare_gradients((result, given), (wanted, expected), incoming, 1e-4)
 
 
 def _check_attention(device: str) -> None:
@@ -275,10 +269,7 @@ def _check_batch_norm(device: str) -> None:
     wanted = torch.nn.functional.hardtanh(scaled)
     for name, one, other in (("result", result, wanted), ("mean", mean, means), ("variance", variance, variances)):
         _compare(name, one.detach(), other.detach(), 1e-5)
-    gradients = torch.autograd.grad(result, given, incoming.to(device))
-    wanted_gradients = torch.autograd.grad(wanted, expected, incoming.double())
-    for name, one, other in zip(("images", "weight", "bias"), gradients, wanted_gradients, strict=True):
-        _compare(f"gradient of {name}", one, other, 1e-4)
+    _compare_gradients((result, given), (wanted, expected), incoming, 1e-4)
 
 
 def _check_philox_uniform(device: str) -> None:
@@ -323,6 +314,15 @@ SELF_TESTS: dict[str, Callable[[str], None]] = {
     "batch_norm": _check_batch_norm,
     "philox_uniform": _check_philox_uniform,
 }
+
+
+def _compare_gradients(
+    found: tuple[Tensor, Sequence[Tensor]], wanted: tuple[Tensor, Sequence[Tensor]], incoming: Tensor, tolerance: float
+) -> None:
+    """Of a result to images, weight and bias, and of what is wanted in float64 to its own."""
+    gradients, others = (torch.autograd.grad(result, leaves, incoming.to(result)) for result, leaves in (found, wanted))
+    for name, one, other in zip(("images", "weight", "bias"), gradients, others, strict=True):
+        _compare(f"gradient of {name}", one, other, tolerance)
 
 
 def _compare(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:

@@ -258,11 +258,7 @@ def inverted_residual(
         weights: Tensors = weights,
         incoming: Tensor = incoming,
     ) -> Run:
-        if not gradient:
-            return lambda: (expression(images, *weights),)
-        leaf = images.detach().requires_grad_()
-        result = cache(lambda: expression(leaf, *weights))
-        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+        return _one_way(expression, images, *weights, incoming=incoming if gradient else None)
 
     return Work(
         ours=bind(ours),
@@ -292,11 +288,7 @@ def winograd_conv2d(
     def bind(
         expression: Expression, images: Tensor = images, weight: Tensor = weight, incoming: Tensor = incoming
     ) -> Run:
-        if not gradient:
-            return lambda: (expression(images, weight),)
-        leaf = images.detach().requires_grad_()
-        result = cache(lambda: expression(leaf, weight))
-        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+        return _one_way(expression, images, weight, incoming=incoming if gradient else None)
 
     return Work(
         ours=bind(ops.winograd_conv2d),
@@ -324,11 +316,7 @@ def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
         return made.transpose(1, 2).flatten(2)
 
     def bind(expression: Expression, packed: Tensor = packed, incoming: Tensor = incoming) -> Run:
-        if not gradient:
-            return lambda: (expression(packed),)
-        leaf = packed.detach().requires_grad_()
-        result = cache(lambda: expression(leaf))
-        return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)
+        return _one_way(expression, packed, incoming=incoming if gradient else None)
 
     return Work(
         ours=bind(ops.attention),
@@ -518,3 +506,12 @@ def _resize_pad(places: list[Place], count: int, device: torch.device) -> ops.Re
 
     resized, top, left = (grid([getattr(place, name) for place in places]) for name in ("resized", "top", "left"))
     return ops.ResizePad(resized, top, left, places[0].padded)
+
+
+def _one_way(expression: Expression, first: Tensor, *others: Tensor, incoming: Tensor | None) -> Run:
+    """The result, or where a gradient comes in, that of `first` alone."""
+    if incoming is None:
+        return lambda: (expression(first, *others),)
+    leaf = first.detach().requires_grad_()
+    result = cache(lambda: expression(leaf, *others))
+    return lambda: torch.autograd.grad(result(), leaf, incoming, retain_graph=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from alignfast.models.dataflow import Unseen, followed, has_hooks
 from alignfast.models.depthwise import convolved, is_depthwise, same_padding
-from alignfast.models.minimal_filtering import is_minimal, is_served
+from alignfast.models.minimal_filtering import Minimal, is_minimal
 from alignfast.native import CPU_DEVICES
-from alignfast.ops import batch_norm, winograd_conv2d
+from alignfast.ops import batch_norm
 from alignfast.ops.interleaved import EVERYTHING
 
 # What the activation behind a normalisation clips to.
@@ -91,23 +91,12 @@ class TrainedConv2dSame(Conv2dSame):
         return convolved(input, self, same_padding(input, self))
 
 
-class TrainedMinimalConv2d(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        padding: Any = self.padding
-        if not is_served(input, padding):
-            return super().forward(input)
-        return winograd_conv2d(input, self.weight, self.bias, padding=padding)
+class TrainedMinimalConv2d(Minimal, nn.Conv2d):
+    pass
 
 
-class TrainedMinimalConv2dSame(Conv2dSame):
-    """Behind TensorFlow's padding, which is one zero all around for these."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_served(input, (1, 1)):
-            # Timm's own has no types.
-            alone: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
-            return alone
-        return winograd_conv2d(input, self.weight, self.bias, padding=(1, 1))
+class TrainedMinimalConv2dSame(Minimal, Conv2dSame):
+    pass
 
 
 class Spared(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from alignfast._C import cpu_isa
 from alignfast.models.dataflow import has_hooks
-from alignfast.models.frozen import reclassed
+from alignfast.models.frozen import exchange
 from alignfast.ops.attention import attention
 
 
@@ -21,9 +21,7 @@ def use_packed_attention(module: nn.Module) -> None:
     """
     if cpu_isa() == "baseline":
         return
-    for name, part in list(module.named_modules()):
-        if name and type(part) is Attention and not has_hooks(part):
-            module.set_submodule(name, reclassed(PackedAttention, part), strict=True)
+    exchange(module, {Attention: PackedAttention}, lambda part: not has_hooks(part))
 
 
 class PackedAttention(Attention):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -24,8 +24,15 @@ def keep_less(module: nn.Module) -> None:
     input, though its output tells as much. The new layers have the old ones' types, names, weights and results.
     Subclasses, layers with hooks and padding other than by zeros are left alone.
     """
+    exchange(module, KEEP_LESS, is_plain)
+
+
+def exchange(
+    module: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]], wanted: Callable[[Any], bool]
+) -> None:
+    """Give, in place, the wanted parts of these very types the classes that stand for them."""
     for name, part in list(module.named_modules()):
-        if name and (kind := KEEP_LESS.get(type(part))) is not None and is_plain(part):
+        if name and (kind := kinds.get(type(part))) is not None and wanted(part):
             module.set_submodule(name, reclassed(kind, part), strict=True)
 
 

@@ -10,9 +10,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from alignfast._C import cpu_isa
-from alignfast.models.frozen import FrozenConv2d, FrozenConv2dSame, is_plain, reclassed
+from alignfast.models.frozen import FrozenConv2d, FrozenConv2dSame, exchange, is_plain
 from alignfast.native import CPU_DEVICES
-from alignfast.ops.winograd_conv2d import TILE, convolved
+from alignfast.ops.winograd_conv2d import TILE, winograd_conv2d
 
 # Below so many channels the kernel's vectors are not full.
 FEWEST_CHANNELS = 16
@@ -24,9 +24,7 @@ FUSED = cpu_isa() != "baseline"
 
 def use_minimal_filtering(module: nn.Module) -> None:
     """Exchange, in place, frozen convolutions of 3 x 3 for those that the kernel does where it is faster."""
-    for name, part in list(module.named_modules()):
-        if name and type(part) in KINDS and is_plain(part) and is_minimal(part):
-            module.set_submodule(name, reclassed(KINDS[type(part)], part), strict=True)
+    exchange(module, KINDS, lambda part: is_plain(part) and is_minimal(part))
 
 
 def is_minimal(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -59,21 +57,29 @@ def is_served(images: Tensor, padding: Sequence[int]) -> bool:
     )
 
 
-class MinimalConv2d(FrozenConv2d):
+class Minimal:
+    """Mixed into a layer that `is_minimal`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    padding: Any
+
     def forward(self, input: Tensor) -> Tensor:
-        padding: Any = self.padding
+        # TensorFlow's, for a kernel of 3 x 3 and a stride of 1, is one zero all around whatever the size.
+        padding = (1, 1) if isinstance(self, Conv2dSame) else self.padding
         if not is_served(input, padding):
-            return super().forward(input)
-        return convolved(input, self.weight, self.bias, padding)
+            # Of the layer that it is mixed into.
+            alone: Tensor = super().forward(input)  # type: ignore[misc]
+            return alone
+        return winograd_conv2d(input, self.weight, self.bias, padding=padding)
 
 
-class MinimalConv2dSame(FrozenConv2dSame):
-    """Behind TensorFlow's padding, which for a kernel of 3 x 3 and a stride of 1 is of any size a zero all around."""
+class MinimalConv2d(Minimal, FrozenConv2d):
+    pass
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_served(input, (1, 1)):
-            return super().forward(input)
-        return convolved(input, self.weight, self.bias, (1, 1))
+
+class MinimalConv2dSame(Minimal, FrozenConv2dSame):
+    pass
 
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: MinimalConv2d, Conv2dSame: MinimalConv2dSame}

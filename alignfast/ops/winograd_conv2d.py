@@ -47,10 +47,10 @@ def winograd_conv2d(
     _check(images, weight, bias, padding)
     if images.device.type not in CPU_DEVICES:
         return reference.winograd_conv2d(images, weight, bias, padding)
-    return convolved(images, weight, None if bias is None else bias.contiguous(), padding)
+    return _convolved(images, weight, None if bias is None else bias.contiguous(), padding)
 
 
-def convolved(
+def _convolved(
     images: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], *, adjoint: bool = False
 ) -> Tensor:
     """The same on the CPU, unchecked; or of [N, K, ...] with the weight of the convolution's gradient."""
@@ -58,7 +58,7 @@ def convolved(
     return result
 
 
-def adjoint_padding(padding: Sequence[int]) -> list[int]:
+def _adjoint_padding(padding: Sequence[int]) -> list[int]:
     """What is added to the gradient, so that it has the size of the images when it is convolved."""
     return [2 - side for side in padding]
 
@@ -98,11 +98,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     images, weight = ctx.saved_tensors
     for_images = for_weight = for_bias = None
     if ctx.needs_input_grad[0]:
-        for_images = convolved(grad, weight, None, adjoint_padding(ctx.padding), adjoint=not ctx.adjoint)
+        for_images = _convolved(grad, weight, None, _adjoint_padding(ctx.padding), adjoint=not ctx.adjoint)
     if ctx.needs_input_grad[1]:
         # The adjoint's roles are exchanged: what went in is the gradient of what comes out.
         given, behind = (grad, images) if ctx.adjoint else (images, grad)
-        padding = adjoint_padding(ctx.padding) if ctx.adjoint else ctx.padding
+        padding = _adjoint_padding(ctx.padding) if ctx.adjoint else ctx.padding
         _, for_weight, _ = torch.ops.aten.convolution_backward(
             interleaved(behind), given, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [False, True, False]
         )

@@ -13,8 +13,6 @@ namespace {
 // A thread should have as many tiles as this, for which a weight is read once.
 constexpr int64_t FEWEST_TILES = 24;
 
-int64_t up_to_multiple(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
-
 // Of [K, C, 3, 3] the weight itself, or that of its adjoint: [C, K, 3, 3], turned by half a turn.
 WinogradWeight weight_of(const Tensor& weight, Dtype dtype, bool adjoint) {
   const int from = adjoint ? 1 : 0;
@@ -26,7 +24,7 @@ WinogradWeight weight_of(const Tensor& weight, Dtype dtype, bool adjoint) {
           {weight.stride(from), weight.stride(1 - from), sign * weight.stride(2), sign * weight.stride(3)},
           weight.size(1 - from),
           weight.size(from),
-          up_to_multiple(weight.size(from), 16)};
+          parts_of(weight.size(from), 16) * 16};
 }
 
 Tensor transformed(const WinogradWeight& weight, const Tensor& images) {
@@ -36,7 +34,7 @@ Tensor transformed(const WinogradWeight& weight, const Tensor& images) {
   const Tensor out = dense({size}, wide_type(images), images);
   const auto kernel = AF_KERNEL(winograd_weights);
   void* to = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, (last / WINOGRAD_SLICE + 1) * (up_to_multiple(weight.in_channels, 16) / 16),
+  torch::stable::parallel_for(0, (last / WINOGRAD_SLICE + 1) * parts_of(weight.in_channels, 16),
                               grain_of(16 * WINOGRAD_SLICE * WINOGRAD_PLACES),
                               [&](int64_t begin, int64_t end) { kernel(weight, to, begin, end); });
   return out;
@@ -44,9 +42,8 @@ Tensor transformed(const WinogradWeight& weight, const Tensor& images) {
 
 // The tiles in as many parts as there are threads, or where they are too few, the channels in parts as well.
 void run(const WinogradPass& pass, int64_t images) {
-  const int64_t tiles = images * up_to_multiple(pass.out_rows, WINOGRAD_OUT) / WINOGRAD_OUT *
-                        (up_to_multiple(pass.out_columns, WINOGRAD_OUT) / WINOGRAD_OUT);
-  const int64_t slices = up_to_multiple(pass.padded_channels, WINOGRAD_SLICE) / WINOGRAD_SLICE;
+  const int64_t tiles = images * parts_of(pass.out_rows, WINOGRAD_OUT) * parts_of(pass.out_columns, WINOGRAD_OUT);
+  const int64_t slices = parts_of(pass.padded_channels, WINOGRAD_SLICE);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(tiles / FEWEST_TILES, 1, threads);
   const int64_t sides = std::min(slices, threads / parts);

@@ -15,6 +15,9 @@ constexpr int64_t WINOGRAD_PLACES = WINOGRAD_IN * WINOGRAD_IN;
 // Channels of the result that are summed for all tiles of a chunk before the next ones are.
 constexpr int64_t WINOGRAD_SLICE = 64;
 
+// Parts of a size that hold so many: tiles of a side, slices of channels.
+constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 // How far apart the values of two places lie, of which each has `count`: a line of the cache more, since lines at
 // powers of two push each other out of it.
 constexpr int64_t apart(int64_t count) { return count + 16; }

@@ -103,7 +103,7 @@ struct Taps {
 template <class T>
 void transform_weights(const WinogradWeight& weight, void* transformed, int64_t begin, int64_t end) {
   using V = Wide<T>;
-  const int64_t groups = (weight.in_channels + LANES - 1) / LANES;
+  const int64_t groups = parts_of(weight.in_channels, LANES);
   const Buffer<Taps<T>> taps(1);
   for (; begin < end; ++begin) {
     const int64_t k = begin / groups * SLICE, c = begin % groups * LANES;
@@ -137,7 +137,7 @@ struct Place {
 };
 
 Place place_of(const WinogradPass& pass, int64_t tile) {
-  const int64_t across = (pass.out_columns + TILE_OUT - 1) / TILE_OUT, down = (pass.out_rows + TILE_OUT - 1) / TILE_OUT;
+  const int64_t across = parts_of(pass.out_columns, TILE_OUT), down = parts_of(pass.out_rows, TILE_OUT);
   return {tile / (across * down), tile / across % down * TILE_OUT, tile % across * TILE_OUT};
 }
 
@@ -263,7 +263,7 @@ void multiply(const V* pixels, int64_t tiles, int64_t between, int64_t depth, co
 template <class T>
 void tiles_of(const WinogradPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
   using V = Wide<T>;
-  const int64_t between = (pass.in_channels + LANES - 1) / LANES * LANES;
+  const int64_t between = parts_of(pass.in_channels, LANES) * LANES;
   const int64_t chunk = smaller(end - begin, tiles_together(PLACES * between * sizeof(V)));
   const int64_t depth = pass.in_channels;
   const Buffer<V> pixels(PLACES * apart(chunk * between)), sums(PLACES * apart(chunk * SLICE));

@@ -193,6 +193,18 @@ def test_networks(name: str) -> None:
     assert taken(fused) == wanted
     assert sum(isinstance(part, KERNELS) for part in fused.modules()) == wanted // 2
     assert not any(isinstance(part, (*KERNELS, ReLU6Left)) for part in plain.modules())
+    check_network(forms, model, x, plain, fused)
+
+
+def check_network(
+    forms: Callable[[nn.Module, Tensor], tuple[nn.Module, nn.Module]],
+    model: Classifier,
+    x: Tensor,
+    plain: nn.Module,
+    fused: nn.Module,
+) -> None:
+    """A model in float32, which ends in float64, and what was prepared of it without and with kernels; forms: of a
+    module, likewise."""
     check_near([fused(x)], [plain(x)], 1e-5)
     # A rectifier's gradient is a step, which one of very many values may be so near to that rounding decides.
     ours, theirs = (passes(one, x, second=False)[1] for one in (fused, plain))

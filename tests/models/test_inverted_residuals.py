@@ -12,7 +12,6 @@ import torchvision
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cosine_similarity
 
 from alignfast.alignment.witnesses import Witnesses
 from alignfast.models import Classifier, inverted_residual, preparation, prepare
@@ -28,6 +27,7 @@ from tests.models.test_depthwise import (
     SMALL,
     SURGERIES,
     check_near,
+    check_network,
     check_seen_alike,
     flat,
     gradient_in_attack,
@@ -93,12 +93,7 @@ def test_networks(name: str) -> None:
     model, x = Classifier(lively(make), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)), images(side=24, dtype=torch.float32)
     plain, fused = prepared(model, x)
     assert (working(plain), working(fused)) == (0, count)
-    check_near([fused(x)], [plain(x)], 1e-5)
-    # A rectifier's gradient is a step, which one of very many values may be so near to that rounding decides.
-    ours, theirs = (passes(one, x, second=False)[1] for one in (fused, plain))
-    assert cosine_similarity(ours.flatten(1), theirs.flatten(1)).min() > 1 - 1e-5
-    exact = [passes(one, x.double(), second=False) for one in forms(model.module.double(), x.double())]
-    check_near(exact[1], exact[0])
+    check_network(forms, model, x, plain, fused)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignfast.models import minimal_filtering, prepare
 from alignfast.models.minimal_filtering import FEWEST_TILES, is_minimal, is_served, use_minimal_filtering
 from tests import cases
+from tests.models.test_frozen import passes
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -39,7 +41,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.alignfast.winograd_conv2d.default
         return func(*args, **(kwargs or {}))
 
@@ -57,15 +59,6 @@ def both(layer: nn.Conv2d) -> tuple[nn.Sequential, nn.Sequential]:
     minimal = copy.deepcopy(plain)
     use_minimal_filtering(minimal)
     return plain, minimal
-
-
-def passes(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the gradient to the input, and the one of its square sum."""
-    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    output = module(leaf)
-    (grad,) = torch.autograd.grad(output.pow(3).sum(), leaf, create_graph=True)
-    (second,) = torch.autograd.grad(grad.pow(2).sum(), leaf)
-    return output, grad, second
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -100,7 +93,12 @@ def test_the_layer_stays_what_it_is() -> None:
 def test_nothing_is_kept_but_the_weight() -> None:
     _, minimal = both(nn.Conv2d(16, 16, 3))
     found: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         minimal(features().requires_grad_())
     assert [one.data_ptr() for one in found] == [minimal[0].weight.data_ptr()]
 
@@ -185,14 +183,10 @@ def test_a_prepared_network_has_it(name: str, side: int, times: int) -> None:
     with Calls() as calls:
         found = gradient(prepared, images)
     assert calls.count == 2 * times
-    for one, other in zip(found, gradient(prepared_in_float64(model), double), strict=True):
+    for one, other in zip(found, gradient(copy.deepcopy(model).double(), double), strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-4
     with served(0):
         gradient(prepare(model, images.detach(), "bf16"), images)
-
-
-def prepared_in_float64(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).double().eval()
 
 
 @pytest.mark.slow
