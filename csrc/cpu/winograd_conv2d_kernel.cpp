@@ -10,12 +10,17 @@ namespace alignfast::AF_ISA {
 namespace {
 
 constexpr int64_t PLACES = WINOGRAD_PLACES, SLICE = WINOGRAD_SLICE, TILE_IN = WINOGRAD_IN, TILE_OUT = WINOGRAD_OUT;
-// Tiles that are worked on together, for which weights are read once; fewer where their pixels, transformed, would be
-// more than so many bytes.
+// Tiles that are worked on together. Where a slice of the weights is not more than so many bytes, it stays in the
+// second cache, and so few tiles that they stay there too; otherwise more of them, for which a place's weights are read
+// once, or fewer again where their pixels, transformed, would be more than so many bytes.
+constexpr int64_t NEAR_BYTES = 1 << 20, NEAR_TILES = 16;
 constexpr int64_t MOST_TILES = 48, FEWEST_TILES = 12, MOST_BYTES = 1 << 21;
 
-int64_t tiles_together(int64_t bytes) {
-  return larger(FEWEST_TILES, smaller(MOST_TILES, MOST_BYTES / larger<int64_t>(bytes, 1)));
+// Places that are summed one after another for a few tiles, before the next few are.
+int64_t places_together(int64_t weights) { return weights <= NEAR_BYTES ? PLACES : 1; }
+
+int64_t tiles_together(int64_t weights, int64_t pixels) {
+  return weights <= NEAR_BYTES ? NEAR_TILES : larger(FEWEST_TILES, smaller(MOST_TILES, MOST_BYTES / pixels));
 }
 
 template <class V>
@@ -152,24 +157,38 @@ AF_INLINE void copy_some(const T* from, int64_t count, T* to) {
 }
 
 // Of 16 channels of a tile: pixel (i, j) at from[i * row + j * column], its place at to[(6 * i + j) * between].
-// Column by column, since unrolled, which the compiler is kept from, it takes more registers than there are.
+// Rows that have sums in common are made together, and pixels are read for each of these pairs: all 36 of a tile are
+// more than there are registers.
 template <class T>
 AF_INLINE void enter(const T* from, int64_t row, int64_t column, int64_t between, Wide<T>* to) {
   using V = Wide<T>;
-  Lanes<V> rows[6][6];
-#pragma GCC unroll 1
+  const auto pixel = [&](int i, int j) { return widened(from + i * row + j * column); };
+  const auto finish = [&](int i, const Lanes<V>(&made)[6]) {
+    Lanes<V> places[6];
+    of_pixels(made, places);
+    for (int j = 0; j < 6; ++j) places[j].store(to + (6 * i + j) * between);
+  };
+  Lanes<V> one[6], other[6];
   for (int j = 0; j < 6; ++j) {
-    Lanes<V> pixels[6], made[6];
-    for (int i = 0; i < 6; ++i) pixels[i] = widened(from + i * row + j * column);
-    of_pixels(pixels, made);
-    for (int i = 0; i < 6; ++i) rows[i][j] = made[i];
+    const Lanes<V> a = scaled(-4, pixel(2, j), pixel(4, j)), b = scaled(-4, pixel(1, j), pixel(3, j));
+    one[j] = a + b;
+    other[j] = a - b;
   }
-#pragma GCC unroll 1
-  for (int i = 0; i < 6; ++i) {
-    Lanes<V> made[6];
-    of_pixels(rows[i], made);
-    for (int j = 0; j < 6; ++j) made[j].store(to + (6 * i + j) * between);
+  finish(1, one);
+  finish(2, other);
+  for (int j = 0; j < 6; ++j) {
+    const Lanes<V> c = pixel(4, j) - pixel(2, j), e = pixel(3, j) - pixel(1, j);
+    one[j] = scaled(2, e, c);
+    other[j] = scaled(-2, e, c);
   }
+  finish(3, one);
+  finish(4, other);
+  for (int j = 0; j < 6; ++j) {
+    one[j] = scaled(4, pixel(0, j), scaled(-5, pixel(2, j), pixel(4, j)));
+    other[j] = scaled(4, pixel(1, j), scaled(-5, pixel(3, j), pixel(5, j)));
+  }
+  finish(0, one);
+  finish(5, other);
 }
 
 // The way back, of 4 x 4 pixels.
@@ -194,9 +213,9 @@ AF_INLINE void leave(const Wide<T>* from, int64_t between, const Lanes<Wide<T>>&
   }
 }
 
-// All channels of a tile: to[place * between + channel].
+// All channels of a tile: channel c goes to to[place * between + c / 16 * tiles * 16 + c % 16].
 template <class T>
-void enter_tile(const WinogradPass& pass, const Place& place, int64_t between, Wide<T>* to) {
+void enter_tile(const WinogradPass& pass, const Place& place, int64_t tiles, int64_t between, Wide<T>* to) {
   const int64_t depth = pass.in_channels, top = place.row - pass.above, left = place.column - pass.left;
   const T* image = static_cast<const T*>(pass.in) + place.image * pass.in_rows * pass.in_columns * depth;
   const auto pixel = [&](int64_t i, int64_t j) { return image + ((top + i) * pass.in_columns + left + j) * depth; };
@@ -204,21 +223,22 @@ void enter_tile(const WinogradPass& pass, const Place& place, int64_t between, W
   const int64_t first_column = larger<int64_t>(0, -left), last_column = smaller(TILE_IN, pass.in_columns - left);
   int64_t c = 0;
   if (first_row == 0 && first_column == 0 && last_row == TILE_IN && last_column == TILE_IN) {
-    for (; c + LANES <= depth; c += LANES) enter(pixel(0, 0) + c, pass.in_columns * depth, depth, between, to + c);
+    for (; c + LANES <= depth; c += LANES)
+      enter(pixel(0, 0) + c, pass.in_columns * depth, depth, between, to + c * tiles);
   }
   for (; c < depth; c += LANES) {
     T filled[TILE_IN][TILE_IN][LANES] = {};
     for (int64_t i = first_row; i < last_row; ++i) {
       for (int64_t j = first_column; j < last_column; ++j) copy_some(pixel(i, j) + c, depth - c, filled[i][j]);
     }
-    enter(filled[0][0], TILE_IN * LANES, LANES, between, to + c);
+    enter(filled[0][0], TILE_IN * LANES, LANES, between, to + c * tiles);
   }
 }
 
-// From sums[place * between + channel - first], for channels first .. last.
+// The way back, of channels first .. last.
 template <class T>
-void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int64_t last, int64_t between,
-                const Wide<T>* sums) {
+void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int64_t last, int64_t tiles,
+                int64_t between, const Wide<T>* sums) {
   using V = Wide<T>;
   const int64_t depth = pass.out_channels;
   T* image = static_cast<T*>(pass.out) + place.image * pass.out_rows * pass.out_columns * depth;
@@ -229,7 +249,7 @@ void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int
   const int64_t columns = smaller(TILE_OUT, pass.out_columns - place.column);
   const bool whole = rows == TILE_OUT && columns == TILE_OUT;
   const T* biases = static_cast<const T*>(pass.bias);
-  for (int64_t c = first; c < smaller(last, depth); c += LANES, sums += LANES) {
+  for (int64_t c = first; c < smaller(last, depth); c += LANES, sums += tiles * LANES) {
     T values[LANES] = {};
     if (biases != nullptr) copy_some(biases + c, depth - c, values);
     const Lanes<V> bias = widened(values);
@@ -245,17 +265,34 @@ void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int
   }
 }
 
-// sums[tile, channel] = pixels[tile, :] times weights[:, channel].
+// Of a few tiles and lanes: sums = pixels times weights, [depth, width]. Pixels and sums are in blocks of 16 channels,
+// [blocks, tiles, 16], `between` apart, so that tiles lie at distances known to the compiler.
+template <class V, int N, int C>
+AF_INLINE void multiply_few(const V* pixels, int64_t between, int64_t depth, const V* weights, int64_t width, V* sums) {
+  Lanes<V> total[N][C];
+  fill_with<V>(nullptr, total);
+  for (; depth >= LANES; depth -= LANES, pixels += between, weights += LANES * width) {
+#pragma GCC unroll 4
+    for (int d = 0; d < LANES; ++d) add_products(pixels + d, LANES, 1, 1, weights + d * width, width, total);
+  }
+  add_products(pixels, LANES, 1, depth, weights, width, total);
+  for (int n = 0; n < N; ++n) {
+    for (int c = 0; c < C; ++c) total[n][c].store(sums + c * between + n * LANES);
+  }
+}
+
+// Of all tiles of a chunk and a slice, at so many places.
 template <class V>
-void multiply(const V* pixels, int64_t tiles, int64_t between, int64_t depth, const V* weights, int64_t width,
-              V* sums) {
+void multiply(const V* pixels, int64_t tiles, int64_t pixels_apart, int64_t depth, const V* weights, int64_t width,
+              V* sums, int64_t sums_apart, int64_t places) {
   constexpr int REGISTERS = Tile<V>::REGISTERS / Lanes<V>::PARTS;
-  each_wide<VECTOR_BYTES == 64 ? 4 : 1>(width, [&]<int C>(int64_t channel, Constant<C>) {
-    each_few<(REGISTERS / C < 12 ? REGISTERS / C : 12)>(tiles, [&]<int N>(int64_t first, Constant<N>) {
-      Lanes<V> total[N][C];
-      fill_with<V>(nullptr, total);
-      add_products(pixels + first * between, between, 1, depth, weights + channel, width, total);
-      store_sums(total, width, sums + first * width + channel);
+  each_wide<VECTOR_BYTES == 64 ? 4 : 1>(width, [=]<int C>(int64_t channel, Constant<C>) {
+    each_few<(REGISTERS / C < 8 ? REGISTERS / C : 8)>(tiles, [=]<int N>(int64_t first, Constant<N>) {
+      for (int64_t place = 0; place < places; ++place) {
+        multiply_few<V, N, C>(pixels + place * pixels_apart + first * LANES, tiles * LANES, depth,
+                              weights + place * apart(depth * width) + channel, width,
+                              sums + place * sums_apart + channel * tiles + first * LANES);
+      }
     });
   });
 }
@@ -263,24 +300,25 @@ void multiply(const V* pixels, int64_t tiles, int64_t between, int64_t depth, co
 template <class T>
 void tiles_of(const WinogradPass& pass, int64_t begin, int64_t end, int64_t first, int64_t last) {
   using V = Wide<T>;
-  const int64_t between = parts_of(pass.in_channels, LANES) * LANES;
-  const int64_t chunk = smaller(end - begin, tiles_together(PLACES * between * sizeof(V)));
-  const int64_t depth = pass.in_channels;
-  const Buffer<V> pixels(PLACES * apart(chunk * between)), sums(PLACES * apart(chunk * SLICE));
+  const int64_t depth = pass.in_channels, padded = parts_of(depth, LANES) * LANES;
+  const int64_t bytes = PLACES * padded * static_cast<int64_t>(sizeof(V));
+  const int64_t places = places_together(bytes * SLICE);
+  const int64_t chunk = smaller(end - begin, tiles_together(bytes * SLICE, bytes));
+  const Buffer<V> pixels(PLACES * apart(chunk * padded)), sums(PLACES * apart(chunk * SLICE));
   for (; begin < end; begin += chunk) {
-    const int64_t tiles = smaller(chunk, end - begin), pixels_apart = apart(tiles * between);
+    const int64_t tiles = smaller(chunk, end - begin), pixels_apart = apart(tiles * padded);
     for (int64_t i = 0; i < tiles; ++i) {
-      enter_tile<T>(pass, place_of(pass, begin + i), pixels_apart, pixels + i * between);
+      enter_tile<T>(pass, place_of(pass, begin + i), tiles, pixels_apart, pixels + i * LANES);
     }
     for (int64_t k = first; k < last; k += SLICE) {
       const int64_t width = slice_width(k, pass.padded_channels), sums_apart = apart(tiles * width);
       const V* weights = static_cast<const V*>(pass.weight) + slice_offset(k, depth);
-      for (int64_t place = 0; place < PLACES; ++place) {
-        multiply<V>(pixels + place * pixels_apart, tiles, between, depth, weights + place * apart(depth * width), width,
-                    sums + place * sums_apart);
+      for (int64_t place = 0; place < PLACES; place += places) {
+        multiply<V>(pixels + place * pixels_apart, tiles, pixels_apart, depth, weights + place * apart(depth * width),
+                    width, sums + place * sums_apart, sums_apart, places);
       }
       for (int64_t i = 0; i < tiles; ++i) {
-        leave_tile<T>(pass, place_of(pass, begin + i), k, k + width, sums_apart, sums + i * width);
+        leave_tile<T>(pass, place_of(pass, begin + i), k, k + width, tiles, sums_apart, sums + i * LANES);
       }
     }
   }
