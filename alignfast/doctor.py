@@ -241,6 +241,23 @@ def _check_winograd_conv2d(device: str) -> None:
     _compare_gradients((result, given), (wanted, expected), incoming, 1e-4)
 
 
+def _check_basic_block(device: str) -> None:
+    """Result and gradient against torch's own in float64, of eighths, whose sums no rounding brings to zero."""
+    generator = torch.Generator().manual_seed(8)
+    shapes = ((2, 3, 7, 6), (20, 3, 3, 3), (20,), (3, 20, 3, 3), (3,), (2, 3, 7, 6))
+    images, *weights, incoming = (torch.randint(-8, 9, shape, generator=generator) / 8 for shape in shapes)
+    # What goes into a rectifier is an odd number of these.
+    weights[1], weights[3] = weights[1] + 1 / 128, weights[3] + 1 / 2048
+    given, expected = images.to(device).requires_grad_(), images.double().requires_grad_()
+    result = ops.basic_block(given, *(weight.to(device) for weight in weights))
+    first, first_bias, second, second_bias = (weight.double() for weight in weights)
+    between = torch.nn.functional.conv2d(expected, first, first_bias, padding=1).relu()
+    wanted = (expected + torch.nn.functional.conv2d(between, second, second_bias, padding=1)).relu()
+    _compare("result", result.detach(), wanted.detach(), 1e-3)
+    (gradient,) = torch.autograd.grad(result, given, incoming.to(device))
+    _compare("gradient", gradient, torch.autograd.grad(wanted, expected, incoming.double())[0], 1e-3)
+
+
 def _check_attention(device: str) -> None:
     """Result and gradient against torch's own in float64; on a GPU that of plain products."""
     generator = torch.Generator().manual_seed(6)
@@ -310,6 +327,7 @@ SELF_TESTS: dict[str, Callable[[str], None]] = {
     "depthwise_conv2d": _check_depthwise_conv2d,
     "inverted_residual": _check_inverted_residual,
     "winograd_conv2d": _check_winograd_conv2d,
+    "basic_block": _check_basic_block,
     "attention": _check_attention,
     "batch_norm": _check_batch_norm,
     "philox_uniform": _check_philox_uniform,

@@ -132,6 +132,17 @@ def winograd_conv2d(
     return _meetings(images if adjoint else out_shape, weight)
 
 
+@register_flop_formula(torch.ops.alignfast.basic_block)
+def basic_block(images: Sizes, first: Sizes, *others: Any, **named: Any) -> int:
+    """Likewise those of both convolutions."""
+    return 2 * _meetings(images, first)
+
+
+@register_flop_formula(torch.ops.alignfast.basic_block_linear)
+def basic_block_linear(images: Sizes, first: Sizes, *others: Any, **named: Any) -> int:
+    return basic_block(images, first)
+
+
 def _meetings(images: Sizes, weight: Sizes) -> int:
     return 2 * images[0] * prod(images[2:]) * prod(weight)
 

@@ -302,6 +302,46 @@ def winograd_conv2d(
     )
 
 
+def basic_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gradient: bool = False) -> Work:
+    """Of channels-last images, with as many channels inside; reads the images and writes the result, or gradients."""
+    channels = shape[1]
+    images = normal(shape, 1, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    incoming = normal(shape, 2, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    weights = tuple(
+        (normal((channels, channels, 3, 3), seed, device=device) / (3 * channels**0.5))
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for seed in (3, 4)
+    )
+
+    def plain(images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return F.relu(images + F.conv2d(F.relu(F.conv2d(images, first, padding=1)), second, padding=1))
+
+    def ours(images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return ops.basic_block(images, first, None, second, None)
+
+    def bind(
+        expression: Expression,
+        images: Tensor = images,
+        weights: Tensors = weights,
+        incoming: Tensor = incoming,
+    ) -> Run:
+        return _one_way(expression, images, *weights, incoming=incoming if gradient else None)
+
+    return Work(
+        ours=bind(ours),
+        expression=plain,
+        bind=bind,
+        expected=lambda: bind(
+            plain, images.double(), tuple(weight.double() for weight in weights), incoming.double()
+        )(),
+        tolerance=MINIMAL,
+        slack=CHAIN[dtype],
+        moved=images.nbytes + incoming.nbytes,
+        device=device,
+    )
+
+
 def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gradient: bool = False) -> Work:
     """Of [N, tokens, 3, heads, width]; reads them and writes the result, or the gradients of both.
 

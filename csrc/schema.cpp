@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(alignfast, m) {
   m.def("attention(Tensor packed) -> (Tensor result, Tensor sums)");
   m.def("attention_backward(Tensor grad, Tensor packed, Tensor sums) -> Tensor");
   m.def(
+      "basic_block(Tensor images, Tensor first, Tensor? first_bias, Tensor second, Tensor? second_bias) "
+      "-> (Tensor result, Tensor first_bits, Tensor second_bits)");
+  m.def(
+      "basic_block_linear(Tensor images, Tensor first, Tensor second, Tensor first_bits, Tensor second_bits, "
+      "bool adjoint) -> Tensor");
+  m.def(
       "batch_norm(Tensor images, Tensor weight, Tensor bias, float eps, float low, float high) "
       "-> (Tensor result, Tensor mean, Tensor variance)");
   m.def(

@@ -23,6 +23,7 @@ OPS = [
     "depthwise_conv2d",
     "inverted_residual",
     "winograd_conv2d",
+    "basic_block",
     "attention",
     "batch_norm",
     "philox_uniform",

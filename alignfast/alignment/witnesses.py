@@ -13,7 +13,7 @@ from alignfast.alignment.cache import WitnessCache
 from alignfast.checks import check_choice
 from alignfast.models import Classifier, fit_size
 from alignfast.models.folding import folded
-from alignfast.models.preparation import DTYPES, chains_in, form_in, shaped
+from alignfast.models.preparation import DTYPES, Fusions, form_in, fusions_in, shaped
 
 
 class Witnesses:
@@ -86,6 +86,6 @@ class Witnesses:
 def _ready(model: Classifier, dtype: torch.dtype, example: Tensor | None) -> Classifier:
     if example is None:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
-        return shaped(frozen, form_in(frozen, dtype), [])
+        return shaped(frozen, form_in(frozen, dtype), Fusions())
     frozen = folded(model, example)
-    return shaped(frozen, form_in(frozen, dtype), chains_in(frozen, example))
+    return shaped(frozen, form_in(frozen, dtype), fusions_in(frozen, example))

@@ -78,7 +78,7 @@ def followed(
                 layers[part].used_elsewhere = in_place and layers[part].given_views
                 uses.returned[output] = layers[part]
 
-    with evaluating(module), torch.no_grad(), _hooked(paths, enter, leave), uses:
+    with evaluating(module), torch.no_grad(), hooked(paths, enter, leave), uses:
         result = run()
         # What is still there was returned or put somewhere.
         for watched in uses.returned.values():
@@ -111,7 +111,7 @@ def changed_in_place(module: nn.Module, run: Callable[[], Any], is_part: Callabl
         left.extend((part, value, value._version) for value in values)
 
     parts = [part for part in module.modules() if is_part(part)]
-    with evaluating(module), torch.no_grad(), _hooked(parts, lambda *given: None, leave):
+    with evaluating(module), torch.no_grad(), hooked(parts, lambda *given: None, leave):
         run()
     return {part for part, value, version in left if value._version != version}
 
@@ -183,7 +183,8 @@ class _Uses(TorchDispatchMode):
 
 
 @contextmanager
-def _hooked(parts: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+def hooked(parts: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """enter(part, inputs, named inputs) and leave(part, inputs, output) are called around each pass of a part."""
     # Those of TorchScript refuse hooks.
     open_parts = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]
     handles = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in open_parts]

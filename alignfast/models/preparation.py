@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alignfast.checks import check_choice, check_images
 from alignfast.models.attention import use_packed_attention
+from alignfast.models.basic_block import BasicBlock, blocks_of, use_block_kernel
 from alignfast.models.checkpoint import fingerprint
 from alignfast.models.classifier import Classifier, as_classifier, evaluating, fit_size
 from alignfast.models.depthwise import Chain, chains_of, use_kernel
@@ -101,6 +102,15 @@ class Preparation:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Fusions:
+    """Layers of a model that kernels do at once, by their names: depthwise convolutions with what lies around them,
+    and basic blocks."""
+
+    chains: Sequence[Chain] = ()
+    blocks: Sequence[BasicBlock] = ()
+
+
 def prepare(
     model: nn.Module, images: Tensor, precision: Precision | Preparation = "auto", *, compiled: bool = False
 ) -> Classifier:
@@ -148,15 +158,15 @@ def prepare(
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     with _refusing(name, images.device):
         base = _base(source, images[:FEWEST_SHOWN])
-        chains = chains_in(base, images)
+        fusions = fusions_in(base, images)
     if name == "auto":
         key = (fingerprint(source), tuple(images.shape), str(images.device), torch.get_num_threads(), compiled)
         if key not in _CHOSEN:
             shown = images if compiled else images[:MOST_SHOWN]
-            _CHOSEN[key] = _measured(source, base, chains, _forms(base, dtypes, compiled), shown)
+            _CHOSEN[key] = _measured(source, base, fusions, _forms(base, dtypes, compiled), shown)
         chosen = _CHOSEN[key]
     form = chosen.form if chosen else replace(form_in(base, dtypes[0]), compiled=compiled)
-    prepared = shaped(base, form, chains)
+    prepared = shaped(base, form, fusions)
     if name != "auto":
         _pass(prepared, images if compiled else images[:1], name)
     prepared.preparation = chosen or prepared.preparation
@@ -174,19 +184,20 @@ def _together(source: Ensemble, members: Sequence[Classifier]) -> Ensemble:
 _CHOSEN: dict[Hashable, Preparation] = {}
 
 
-def chains_in(model: Classifier, images: Tensor) -> list[Chain]:
-    """What of a model the kernels of depthwise convolutions can do at once, which is on CPUs only."""
+def fusions_in(model: Classifier, images: Tensor) -> Fusions:
+    """What of a model the package's kernels can do at once, which is on CPUs only."""
     if type(model) is not Classifier or images.device.type not in CPU_DEVICES:
-        return []
+        return Fusions()
 
     def run() -> Tensor:
         return model.logits(fit_size(images[:1], model))
 
-    return with_residuals(model.module, run, chains_of(model.module, run))
+    module = model.module
+    return Fusions(with_residuals(module, run, chains_of(module, run)), blocks_of(module, run))
 
 
-def shaped(model: Classifier, form: Form, chains: Sequence[Chain]) -> Classifier:
-    """A copy of a frozen model that computes in this form. chains: those in it, by `chains_in`."""
+def shaped(model: Classifier, form: Form, fusions: Fusions) -> Classifier:
+    """A copy of a frozen model that computes in this form. fusions: those in it, by `fusions_in`."""
     result = copy.deepcopy(model)
     result.compute_in(form.dtype)
     for member in result.members:
@@ -196,14 +207,17 @@ def shaped(model: Classifier, form: Form, chains: Sequence[Chain]) -> Classifier
         member.memory_format = layout
         for part in _attentions(member):
             setattr(part, FUSED, form.fused_attention)
-        if all(one.device.type in CPU_DEVICES for one in member.parameters()):
-            if flat:
-                use_kernel(member.module, chains)
-                if not form.compiled:
-                    use_residual_kernel(member.module, chains)
-                use_minimal_filtering(member.module)
+        here = all(one.device.type in CPU_DEVICES for one in member.parameters())
+        if here and flat:
+            use_kernel(member.module, fusions.chains)
+            if not form.compiled:
+                use_residual_kernel(member.module, fusions.chains)
+            use_minimal_filtering(member.module)
+        if here:
             use_packed_attention(member.module)
         keep_less(member.module)
+        if here and flat and not form.compiled:
+            use_block_kernel(member.module, fusions.blocks)
         if form.compiled:
             member.module.compile(dynamic=False)
     result.preparation = Preparation(form)
@@ -230,14 +244,14 @@ def _forms(base: Classifier, dtypes: Sequence[torch.dtype], compiled: bool) -> l
 
 
 def _measured(
-    source: Classifier, base: Classifier, chains: Sequence[Chain], forms: Sequence[Form], images: Tensor
+    source: Classifier, base: Classifier, fusions: Fusions, forms: Sequence[Form], images: Tensor
 ) -> Preparation:
     plain = copy.deepcopy(source).eval().requires_grad_(False)
     wanted = _pass(plain, images, "fp32")
     racing: dict[Form, Classifier] = {}
     trials: dict[Form, Trial] = {}
     for form in forms:
-        candidate = shaped(base, form, chains)
+        candidate = shaped(base, form, fusions)
         try:
             found = _pass(candidate, images, "auto")
         except ValueError as error:

@@ -1,6 +1,7 @@
 """The ops that attacks, models and alignment are made of."""
 
 from alignfast.ops.attention import attention
+from alignfast.ops.basic_block import basic_block
 from alignfast.ops.batch_norm import batch_norm
 from alignfast.ops.depthwise_conv2d import depthwise_conv2d
 from alignfast.ops.diversify import Mixing, Noise, ResizePad, diversify
@@ -17,6 +18,7 @@ __all__ = [
     "PackedResidual",
     "ResizePad",
     "attention",
+    "basic_block",
     "batch_norm",
     "depthwise_conv2d",
     "diversify",

@@ -21,4 +21,15 @@ inline Tensor dense(const std::vector<int64_t>& shape, ScalarType type, const Te
                               torch::headeronly::MemoryFormat::Contiguous);
 }
 
+// Bits of rectifiers, sixteen a word, where the images are.
+inline uint16_t* bits_in(const char* name, const Tensor& bits, const Tensor& images,
+                         const std::vector<int64_t>& shape) {
+  check_device(name, bits, images);
+  AF_CHECK(bits.scalar_type() == ScalarType::Short, name, ": got dtype ", dtype_text(bits.scalar_type()),
+           "; allowed is int16");
+  check_shape(name, bits, shape);
+  check_dense(name, bits);
+  return static_cast<uint16_t*>(bits.mutable_data_ptr());
+}
+
 }  // namespace alignfast

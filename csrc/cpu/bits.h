@@ -59,17 +59,43 @@ uint16_t bits_inside(const Lanes<V>& x, Range range) {
   return static_cast<uint16_t>(bits);
 }
 
+// Likewise 1 where the value is above zero or NaN.
+template <class V>
+uint16_t bits_positive(const Lanes<V>& x) {
+#if defined(__AVX512F__)
+  uint32_t bits = 0;
+  for (int i = 0; i < Lanes<V>::PARTS; ++i) {
+    if constexpr (std::is_same_v<V, float>) {
+      bits = _mm512_cmp_ps_mask(x.parts[i], _mm512_setzero_ps(), _CMP_NLE_UQ);
+    } else {
+      bits |= _mm512_cmp_pd_mask(x.parts[i], _mm512_setzero_pd(), _CMP_NLE_UQ) << i * Lanes<V>::WIDTH;
+    }
+  }
+  return static_cast<uint16_t>(bits);
+#else
+  return bits_inside(x, {0, EVERYTHING.high});
+#endif
+}
+
 // x where its bit is set, else zero.
 template <class V>
 Lanes<V> kept(const Lanes<V>& x, uint16_t bits) {
-  using Integer = std::conditional_t<sizeof(V) == 4, int32_t, int64_t>;
-  typedef Integer Integers __attribute__((vector_size(VECTOR_BYTES)));
   Lanes<V> result;
   for (int i = 0; i < Lanes<V>::PARTS; ++i) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<V, float>) {
+      result.parts[i] = _mm512_maskz_mov_ps(bits, x.parts[i]);
+    } else {
+      result.parts[i] = _mm512_maskz_mov_pd(static_cast<__mmask8>(bits >> i * Lanes<V>::WIDTH), x.parts[i]);
+    }
+#else
+    using Integer = std::conditional_t<sizeof(V) == 4, int32_t, int64_t>;
+    typedef Integer Integers __attribute__((vector_size(VECTOR_BYTES)));
     Integers own;
     for (int j = 0; j < Lanes<V>::WIDTH; ++j) own[j] = Integer(1) << (i * Lanes<V>::WIDTH + j);
     const Integers set = (own & (Integer(bits) - Integers{})) != 0;
     result.parts[i] = set ? x.parts[i] : typename Lanes<V>::Part{};
+#endif
   }
   return result;
 }

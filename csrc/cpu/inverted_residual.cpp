@@ -20,15 +20,6 @@ const void* packed(const char* name, const Tensor& weight, const Tensor& images,
   return weight.const_data_ptr();
 }
 
-uint16_t* bits_in(const char* name, const Tensor& bits, const Tensor& images, const Sizes& shape) {
-  check_device(name, bits, images);
-  AF_CHECK(bits.scalar_type() == ScalarType::Short, name, ": got dtype ", dtype_text(bits.scalar_type()),
-           "; allowed is int16");
-  check_shape(name, bits, shape);
-  check_dense(name, bits);
-  return static_cast<uint16_t*>(bits.mutable_data_ptr());
-}
-
 Tensor new_bits(const Sizes& shape, const Tensor& images) {
   const Tensor bits = dense(shape, ScalarType::Short, images);
   if (bits.numel() > 0) std::memset(bits.mutable_data_ptr(), 0, static_cast<size_t>(bits.numel()) * sizeof(uint16_t));

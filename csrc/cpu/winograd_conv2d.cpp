@@ -6,39 +6,13 @@
 #include "checks/depthwise.h"
 #include "checks/interleaved.h"
 #include "common.h"
+#include "cpu/winograd_weight.h"
 
 namespace alignfast {
 namespace {
 
 // A thread should have as many tiles as this, for which a weight is read once.
 constexpr int64_t FEWEST_TILES = 24;
-
-// Of [K, C, 3, 3] the weight itself, or that of its adjoint: [C, K, 3, 3], turned by half a turn.
-WinogradWeight weight_of(const Tensor& weight, Dtype dtype, bool adjoint) {
-  const int from = adjoint ? 1 : 0;
-  const int64_t sign = adjoint ? -1 : 1;
-  const char* values = static_cast<const char*>(weight.const_data_ptr());
-  if (adjoint) values += 2 * (weight.stride(2) + weight.stride(3)) * size_of(dtype);
-  return {dtype,
-          values,
-          {weight.stride(from), weight.stride(1 - from), sign * weight.stride(2), sign * weight.stride(3)},
-          weight.size(1 - from),
-          weight.size(from),
-          parts_of(weight.size(from), 16) * 16};
-}
-
-Tensor transformed(const WinogradWeight& weight, const Tensor& images) {
-  const int64_t last = (weight.padded_channels - 1) / WINOGRAD_SLICE * WINOGRAD_SLICE;
-  const int64_t width = slice_width(last, weight.padded_channels);
-  const int64_t size = slice_offset(last, weight.in_channels) + WINOGRAD_PLACES * apart(weight.in_channels * width);
-  const Tensor out = dense({size}, wide_type(images), images);
-  const auto kernel = AF_KERNEL(winograd_weights);
-  void* to = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, (last / WINOGRAD_SLICE + 1) * parts_of(weight.in_channels, 16),
-                              grain_of(16 * WINOGRAD_SLICE * WINOGRAD_PLACES),
-                              [&](int64_t begin, int64_t end) { kernel(weight, to, begin, end); });
-  return out;
-}
 
 // The tiles in as many parts as there are threads, or where they are too few, the channels in parts as well.
 void run(const WinogradPass& pass, int64_t images) {
@@ -79,10 +53,17 @@ Tensor winograd_conv2d(Tensor images, Tensor weight, std::optional<Tensor> bias,
   if (out.numel() == 0) return out;
   const WinogradWeight from = weight_of(weight, dtype, adjoint);
   const Tensor ready = transformed(from, images);
-  run({dtype, images.const_data_ptr(), images.size(2), images.size(3), channels, out.mutable_data_ptr(), shape[2],
-       shape[3], made, from.padded_channels, padding[0], padding[1], ready.const_data_ptr(),
-       bias ? bias->const_data_ptr() : nullptr},
-      shape[0]);
+  WinogradPass pass = pass_of(from, ready);
+  pass.in = images.const_data_ptr();
+  pass.in_rows = images.size(2);
+  pass.in_columns = images.size(3);
+  pass.out = out.mutable_data_ptr();
+  pass.out_rows = shape[2];
+  pass.out_columns = shape[3];
+  pass.above = padding[0];
+  pass.left = padding[1];
+  pass.bias = bias ? bias->const_data_ptr() : nullptr;
+  run(pass, shape[0]);
   return out;
 }
 

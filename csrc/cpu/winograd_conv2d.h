@@ -18,6 +18,9 @@ constexpr int64_t WINOGRAD_SLICE = 64;
 // Parts of a size that hold so many: tiles of a side, slices of channels.
 constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// Words of 16 bits for the channels of a pixel, a bit each.
+constexpr int64_t words_of(int64_t channels) { return parts_of(channels, 16); }
+
 // How far apart the values of two places lie, of which each has `count`: a line of the cache more, since lines at
 // powers of two push each other out of it.
 constexpr int64_t apart(int64_t count) { return count + 16; }
@@ -50,6 +53,15 @@ struct WinogradPass {
   const void* weight;
   // [out_channels] of the dtype, or null.
   const void* bias;
+  // Bits that say which values count, as [N, rows, columns, words_of(channels)], the others are zero: of what goes in,
+  // or null where all do.
+  const uint16_t* in_bits;
+  // Added to the result: of its shape, and which of it counts; or null.
+  const void* residual;
+  const uint16_t* residual_bits;
+  // Of the result: null, or written, where a rectifier makes zero of what is not positive; or read, where `gated`.
+  uint16_t* out_bits;
+  bool gated;
 };
 
 // Blocks begin .. end of a slice of the result's channels by 16 of the images.

@@ -1,3 +1,4 @@
+#include "cpu/bits.h"
 #include "cpu/buffer.h"
 #include "cpu/lanes.h"
 #include "cpu/products.h"
@@ -146,56 +147,61 @@ Place place_of(const WinogradPass& pass, int64_t tile) {
   return {tile / (across * down), tile / across % down * TILE_OUT, tile % across * TILE_OUT};
 }
 
-// Up to 16 values.
+// The first of 16 values, zero beyond `count`.
 template <class T>
-AF_INLINE void copy_some(const T* from, int64_t count, T* to) {
-  if (count >= LANES) {
-    std::memcpy(to, from, LANES * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
+AF_INLINE Lanes<Wide<T>> first_values(const T* from, int64_t count) {
+  if (count >= LANES) return widened(from);
+  T values[LANES] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = from[i];
+  return widened(values);
 }
 
-// Of 16 channels of a tile: pixel (i, j) at from[i * row + j * column], its place at to[(6 * i + j) * between].
-// Rows that have sums in common are made together, and pixels are read for each of these pairs: all 36 of a tile are
-// more than there are registers.
 template <class T>
-AF_INLINE void enter(const T* from, int64_t row, int64_t column, int64_t between, Wide<T>* to) {
-  using V = Wide<T>;
-  const auto pixel = [&](int i, int j) { return widened(from + i * row + j * column); };
-  const auto finish = [&](int i, const Lanes<V>(&made)[6]) {
-    Lanes<V> places[6];
-    of_pixels(made, places);
-    for (int j = 0; j < 6; ++j) places[j].store(to + (6 * i + j) * between);
-  };
+AF_INLINE void store_first(const Lanes<Wide<T>>& lanes, int64_t count, T* to) {
+  if (count >= LANES) return store_narrowed(lanes, to);
+  T values[LANES];
+  store_narrowed(lanes, values);
+  for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+}
+
+template <class V>
+AF_INLINE void enter_row(const Lanes<V> (&row)[6], int64_t between, V* to) {
+  Lanes<V> places[6];
+  of_pixels(row, places);
+  for (int j = 0; j < 6; ++j) places[j].store(to + j * between);
+}
+
+// Of 16 channels of a tile: place (i, j) goes to to[(6 * i + j) * between]. Rows that have sums in common are made
+// together, and pixels are read for each of these pairs: all 36 of them are more than there are registers.
+template <class V>
+void enter(const V (&pixels)[TILE_IN][TILE_IN][LANES], int64_t between, V* to) {
+  const auto pixel = [&](int i, int j) { return Lanes<V>::load(pixels[i][j]); };
   Lanes<V> one[6], other[6];
   for (int j = 0; j < 6; ++j) {
     const Lanes<V> a = scaled(-4, pixel(2, j), pixel(4, j)), b = scaled(-4, pixel(1, j), pixel(3, j));
     one[j] = a + b;
     other[j] = a - b;
   }
-  finish(1, one);
-  finish(2, other);
+  enter_row(one, between, to + 6 * between);
+  enter_row(other, between, to + 12 * between);
   for (int j = 0; j < 6; ++j) {
     const Lanes<V> c = pixel(4, j) - pixel(2, j), e = pixel(3, j) - pixel(1, j);
     one[j] = scaled(2, e, c);
     other[j] = scaled(-2, e, c);
   }
-  finish(3, one);
-  finish(4, other);
+  enter_row(one, between, to + 18 * between);
+  enter_row(other, between, to + 24 * between);
   for (int j = 0; j < 6; ++j) {
     one[j] = scaled(4, pixel(0, j), scaled(-5, pixel(2, j), pixel(4, j)));
     other[j] = scaled(4, pixel(1, j), scaled(-5, pixel(3, j), pixel(5, j)));
   }
-  finish(0, one);
-  finish(5, other);
+  enter_row(one, between, to);
+  enter_row(other, between, to + 30 * between);
 }
 
-// The way back, of 4 x 4 pixels.
-template <class T>
-AF_INLINE void leave(const Wide<T>* from, int64_t between, const Lanes<Wide<T>>& bias, int64_t row, int64_t column,
-                     T* to) {
-  using V = Wide<T>;
+// The way back, to 4 x 4 pixels.
+template <class V>
+void leave(const V* from, int64_t between, const Lanes<V>& bias, V (&pixels)[TILE_OUT][TILE_OUT][LANES]) {
   Lanes<V> rows[4][6];
 #pragma GCC unroll 1
   for (int j = 0; j < 6; ++j) {
@@ -203,36 +209,106 @@ AF_INLINE void leave(const Wide<T>* from, int64_t between, const Lanes<Wide<T>>&
     for (int i = 0; i < 6; ++i) sums[i] = Lanes<V>::load(from + (6 * i + j) * between);
     of_sums(sums, made);
     for (int i = 0; i < 4; ++i) rows[i][j] = made[i];
-    for (int i = 0; i < 4 && j < 4; ++i) __builtin_prefetch(to + i * row + j * column, 1);
   }
 #pragma GCC unroll 1
   for (int i = 0; i < 4; ++i) {
     Lanes<V> made[4];
     of_sums(rows[i], made);
-    for (int j = 0; j < 4; ++j) store_narrowed(made[j] + bias, to + i * row + j * column);
+    for (int j = 0; j < 4; ++j) (made[j] + bias).store(pixels[i][j]);
   }
 }
 
 // All channels of a tile: channel c goes to to[place * between + c / 16 * tiles * 16 + c % 16].
 template <class T>
 void enter_tile(const WinogradPass& pass, const Place& place, int64_t tiles, int64_t between, Wide<T>* to) {
-  const int64_t depth = pass.in_channels, top = place.row - pass.above, left = place.column - pass.left;
-  const T* image = static_cast<const T*>(pass.in) + place.image * pass.in_rows * pass.in_columns * depth;
-  const auto pixel = [&](int64_t i, int64_t j) { return image + ((top + i) * pass.in_columns + left + j) * depth; };
+  using V = Wide<T>;
+  const int64_t depth = pass.in_channels, words = words_of(depth), across = pass.in_columns;
+  const int64_t top = place.row - pass.above, left = place.column - pass.left;
+  const int64_t start = (place.image * pass.in_rows + top) * across + left;
   const int64_t first_row = larger<int64_t>(0, -top), last_row = smaller(TILE_IN, pass.in_rows - top);
-  const int64_t first_column = larger<int64_t>(0, -left), last_column = smaller(TILE_IN, pass.in_columns - left);
-  int64_t c = 0;
-  if (first_row == 0 && first_column == 0 && last_row == TILE_IN && last_column == TILE_IN) {
-    for (; c + LANES <= depth; c += LANES)
-      enter(pixel(0, 0) + c, pass.in_columns * depth, depth, between, to + c * tiles);
-  }
-  for (; c < depth; c += LANES) {
-    T filled[TILE_IN][TILE_IN][LANES] = {};
-    for (int64_t i = first_row; i < last_row; ++i) {
-      for (int64_t j = first_column; j < last_column; ++j) copy_some(pixel(i, j) + c, depth - c, filled[i][j]);
+  const int64_t first_column = larger<int64_t>(0, -left), last_column = smaller(TILE_IN, across - left);
+  const T* in = static_cast<const T*>(pass.in);
+  const uint16_t* bits = pass.in_bits;
+  // Beyond the border they stay zero.
+  alignas(64) V pixels[TILE_IN][TILE_IN][LANES] = {};
+  for (int64_t c = 0; c < depth; c += LANES, to += tiles * LANES) {
+    const auto fill = [&](auto read) {
+      for (int64_t i = first_row; i < last_row; ++i) {
+        for (int64_t j = first_column; j < last_column; ++j) read(start + i * across + j).store(pixels[i][j]);
+      }
+    };
+    if (depth - c < LANES) {
+      fill([=](int64_t at) {
+        const Lanes<V> some = first_values(in + at * depth + c, depth - c);
+        return bits == nullptr ? some : kept(some, bits[at * words + c / LANES]);
+      });
+    } else if (bits == nullptr) {
+      fill([=](int64_t at) { return widened(in + at * depth + c); });
+    } else {
+      fill([=](int64_t at) { return kept(widened(in + at * depth + c), bits[at * words + c / LANES]); });
     }
-    enter(filled[0][0], TILE_IN * LANES, LANES, between, to + c * tiles);
+    enter(pixels, between, to);
   }
+}
+
+// Calls visit(what is made of 16 channels of a pixel of the convolution by adding to them), of `count` from c on.
+template <class T, class Count, class Visit>
+AF_INLINE void with_residual(const WinogradPass& pass, int64_t c, Count count, Visit visit) {
+  using V = Wide<T>;
+  const int64_t depth = pass.out_channels, words = words_of(depth);
+  const T* residual = static_cast<const T*>(pass.residual) + c;
+  const uint16_t* bits = pass.residual_bits + c / LANES;
+  if (pass.residual == nullptr) {
+    visit([](const Lanes<V>& x, int64_t) { return x; });
+  } else if (pass.residual_bits == nullptr) {
+    visit([=](const Lanes<V>& x, int64_t at) { return x + first_values(residual + at * depth, count); });
+  } else {
+    visit([=](const Lanes<V>& x, int64_t at) {
+      return x + kept(first_values(residual + at * depth, count), bits[at * words]);
+    });
+  }
+}
+
+// Likewise by the rectifier behind it.
+template <class T, class Visit>
+AF_INLINE void with_rectifier(const WinogradPass& pass, int64_t c, Visit visit) {
+  using V = Wide<T>;
+  const int64_t words = words_of(pass.out_channels);
+  uint16_t* bits = pass.out_bits + c / LANES;
+  if (pass.out_bits == nullptr) {
+    visit([](const Lanes<V>& x, int64_t) { return x; });
+  } else if (pass.gated) {
+    visit([=](const Lanes<V>& x, int64_t at) { return kept(x, bits[at * words]); });
+  } else {
+    visit([=](const Lanes<V>& x, int64_t at) {
+      const uint16_t word = bits_positive(x);
+      bits[at * words] = word;
+      return kept(x, word);
+    });
+  }
+}
+
+// Pixels of the result in a tile.
+struct Extent {
+  int64_t start, across, rows, columns;
+};
+
+template <class T, class Count>
+AF_INLINE void finish(const WinogradPass& pass, const Extent& extent, int64_t c, Count count,
+                      const Wide<T> (&pixels)[TILE_OUT][TILE_OUT][LANES]) {
+  using V = Wide<T>;
+  const int64_t depth = pass.out_channels;
+  T* out = static_cast<T*>(pass.out) + c;
+  with_residual<T>(pass, c, count, [=, &pass, &pixels](auto added) {
+    with_rectifier<T>(pass, c, [=, &pixels](auto rectified) {
+      for (int64_t i = 0; i < extent.rows; ++i) {
+        for (int64_t j = 0; j < extent.columns; ++j) {
+          const int64_t at = extent.start + i * extent.across + j;
+          store_first(rectified(added(Lanes<V>::load(pixels[i][j]), at), at), count, out + at * depth);
+        }
+      }
+    });
+  });
 }
 
 // The way back, of channels first .. last.
@@ -240,27 +316,18 @@ template <class T>
 void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int64_t last, int64_t tiles,
                 int64_t between, const Wide<T>* sums) {
   using V = Wide<T>;
-  const int64_t depth = pass.out_channels;
-  T* image = static_cast<T*>(pass.out) + place.image * pass.out_rows * pass.out_columns * depth;
-  const auto pixel = [&](int64_t i, int64_t j) {
-    return image + ((place.row + i) * pass.out_columns + place.column + j) * depth;
-  };
-  const int64_t rows = smaller(TILE_OUT, pass.out_rows - place.row);
-  const int64_t columns = smaller(TILE_OUT, pass.out_columns - place.column);
-  const bool whole = rows == TILE_OUT && columns == TILE_OUT;
+  const int64_t depth = pass.out_channels, across = pass.out_columns;
+  const Extent extent = {(place.image * pass.out_rows + place.row) * across + place.column, across,
+                         smaller(TILE_OUT, pass.out_rows - place.row), smaller(TILE_OUT, across - place.column)};
   const T* biases = static_cast<const T*>(pass.bias);
+  alignas(64) V pixels[TILE_OUT][TILE_OUT][LANES];
   for (int64_t c = first; c < smaller(last, depth); c += LANES, sums += tiles * LANES) {
-    T values[LANES] = {};
-    if (biases != nullptr) copy_some(biases + c, depth - c, values);
-    const Lanes<V> bias = widened(values);
-    if (whole && c + LANES <= depth) {
-      leave(sums, between, bias, pass.out_columns * depth, depth, pixel(0, 0) + c);
-      continue;
-    }
-    T made[TILE_OUT][TILE_OUT][LANES];
-    leave(sums, between, bias, TILE_OUT * LANES, LANES, made[0][0]);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) copy_some(made[i][j], depth - c, pixel(i, j) + c);
+    const int64_t count = depth - c;
+    leave(sums, between, biases == nullptr ? Lanes<V>::filled(0) : first_values(biases + c, count), pixels);
+    if (count >= LANES) {
+      finish<T>(pass, extent, c, Constant<LANES>(), pixels);
+    } else {
+      finish<T>(pass, extent, c, count, pixels);
     }
   }
 }

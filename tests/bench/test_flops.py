@@ -98,6 +98,20 @@ def test_minimal_filtering_counts_as_the_plain_convolution(gradient: bool, paddi
 
 
 @pytest.mark.parametrize("gradient", [False, True])
+def test_a_basic_block_counts_as_its_convolutions(gradient: bool) -> None:
+    images, first, second = (
+        torch.zeros(IMAGES, requires_grad=gradient),
+        torch.zeros(5, 8, 3, 3),
+        torch.zeros(8, 5, 3, 3),
+    )
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+        result = ops.basic_block(images, first, None, second, None)
+        if gradient:
+            result.sum().backward()
+    assert counter.get_total_flops() == (1 + gradient) * 2 * 2 * 2 * 36 * 5 * 8 * 9
+
+
+@pytest.mark.parametrize("gradient", [False, True])
 def test_attention_counts_as_its_products(gradient: bool) -> None:
     packed = torch.zeros(2, 7, 3, 5, 4, requires_grad=gradient)
     with FlopCounterMode(display=False) as counter:

@@ -35,6 +35,8 @@ BYTES = {
     # Images in and the result out, or its gradient in and theirs out.
     ("winograd_conv2d", "forward", "fp32"): 2 * 1536 * 4,
     ("winograd_conv2d", "backward", "fp32"): 2 * 1536 * 4,
+    ("basic_block", "forward", "fp32"): 2 * 1536 * 4,
+    ("basic_block", "backward", "fp32"): 2 * 1536 * 4,
     # Queries, keys, values and what comes out, or its gradient and theirs: 4 x 288.
     ("attention", "forward", "fp32"): 4 * 288 * 4,
     ("attention", "backward", "bf16"): 4 * 288 * 2,
@@ -205,4 +207,5 @@ def test_selection() -> None:
     usual = select(extended=False)
     assert {case.kind for case in usual if case.group == "ops"} == {case.kind for case in OP_CASES}
     shapes = {case.shape for case in usual if case.group == "ops"}
-    assert shapes == {(32, 3, 224, 224), (1024, 1000), (8, 144, 56, 56), (8, 128, 28, 28), (8, 197, 3, 6, 64)}
+    features = {(8, 144, 56, 56), (8, 128, 28, 28), (128, 16, 32, 32)}
+    assert shapes == features | {(32, 3, 224, 224), (1024, 1000), (8, 197, 3, 6, 64)}

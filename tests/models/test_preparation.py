@@ -106,7 +106,7 @@ def test_transformers_keep_their_layout_and_both_attentions_are_tried() -> None:
     assert tried == {True, False}
     assert network.blocks[0].attn.fused_attn
     for form in (Form(torch.float32, fused_attention=fused) for fused in (True, False)):
-        other = preparation.shaped(named, form, [])
+        other = preparation.shaped(named, form, preparation.Fusions())
         assert other.module.blocks[0].attn.fused_attn is form.fused_attention
         torch.testing.assert_close(other(x), source(x), rtol=1e-4, atol=1e-5)
 

@@ -118,6 +118,16 @@ def winograd_conv2d():
         yield label(shape, channels, padding, dtype), with_gradient(result, images)
 
 
+def basic_block():
+    blocks = [((1, 1, 1, 1), 1), ((2, 15, 7, 5), 33), ((3, 20, 6, 9), 100), ((30, 16, 9, 8), 16)]
+    for (shape, middle), dtype in product(blocks, cases.DTYPES):
+        channels = shape[1]
+        shapes = [(middle, channels, 3, 3), (middle,), (channels, middle, 3, 3), (channels,)]
+        weights = [cases.random(one, seed, dtype, low=-1) for seed, one in enumerate(shapes, 2)]
+        images = cases.random(shape, 1, dtype, low=-1).requires_grad_()
+        yield label(shape, middle, dtype), with_gradient(ops.basic_block(images, *weights), images)
+
+
 def attention():
     shapes = [(1, 1, 1, 1), (2, 17, 3, 5), (1, 70, 2, 16), (3, 33, 5, 24)]
     for (count, length, heads, width), dtype in product(shapes, cases.DTYPES):
@@ -197,6 +207,7 @@ OPS = [
     depthwise_conv2d,
     inverted_residual,
     winograd_conv2d,
+    basic_block,
     attention,
     batch_norm,
     kl_div_with_logits,

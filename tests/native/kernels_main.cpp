@@ -267,8 +267,18 @@ void run_winograd_conv2d(Dtype dtype, int64_t channels, int64_t made) {
   Buffer weight(dtype, made * channels * 9, -1, 1, 2), bias(dtype, made, -1, 1, 3);
   Buffer transformed(wide, slices * WINOGRAD_PLACES * apart(channels * WINOGRAD_SLICE), 0, 1, 4);
   Buffer result(dtype, COUNT * ROWS * COLUMNS * made, 0, 1, 5);
-  const WinogradPass pass{dtype,   images.data(), ROWS,   COLUMNS, channels, result.data(),      ROWS,
-                          COLUMNS, made,          padded, 1,       1,        transformed.data(), bias.data()};
+  WinogradPass pass{};
+  pass.dtype = dtype;
+  pass.in = images.data();
+  pass.in_channels = channels;
+  pass.out = result.data();
+  pass.out_channels = made;
+  pass.padded_channels = padded;
+  pass.in_rows = pass.out_rows = ROWS;
+  pass.in_columns = pass.out_columns = COLUMNS;
+  pass.above = pass.left = 1;
+  pass.weight = transformed.data();
+  pass.bias = bias.data();
   Hash hash;
   for (const bool side_by_side : {false, true}) {
     WinogradWeight from{dtype, weight.data(), {channels * 9, 9, 3, 1}, channels, made, padded};
@@ -278,6 +288,22 @@ void run_winograd_conv2d(Dtype dtype, int64_t channels, int64_t made) {
     AF_ISA::winograd_tiles(pass, 0, TILES / 2, 0, padded);
     AF_ISA::winograd_tiles(pass, TILES / 2, TILES, 0, padded);
     result.add_to(hash);
+  }
+  // In a basic block: rectified, then behind a sum and with what goes in gated, then gated.
+  Buffer residual(dtype, COUNT * ROWS * COLUMNS * made, -1, 1, 6);
+  std::vector<uint16_t> bits(COUNT * ROWS * COLUMNS * words_of(made));
+  std::vector<uint16_t> in_bits(COUNT * ROWS * COLUMNS * words_of(channels), 0x6b35);
+  pass.out_bits = bits.data();
+  for (const bool gated : {false, true}) {
+    for (const bool whole : {false, true}) {
+      pass.gated = gated;
+      pass.in_bits = whole ? in_bits.data() : nullptr;
+      pass.residual = whole ? residual.data() : nullptr;
+      pass.residual_bits = whole && gated ? bits.data() : nullptr;
+      AF_ISA::winograd_tiles(pass, 0, TILES, 0, padded);
+      result.add_to(hash);
+      hash.add(bits.data(), bits.size() * sizeof(uint16_t));
+    }
   }
   hash.print(std::string("winograd_conv2d ") + name_of(dtype) + " " + std::to_string(channels) + " " +
              std::to_string(made));

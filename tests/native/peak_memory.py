@@ -15,6 +15,7 @@ from alignfast.ops import (
     PackedResidual,
     ResizePad,
     attention,
+    basic_block,
     batch_norm,
     depthwise_conv2d,
     diversify,
@@ -128,6 +129,10 @@ def convolutions(dtype):
     leaf = features.clone().requires_grad_()
     yield "winograd_conv2d", lambda: [winograd_conv2d(features, weight)]
     yield "winograd_conv2d backward", adjoint(winograd_conv2d(leaf, weight), leaf)
+    weights = weight, None, weight, None
+    yield "basic_block", lambda: [basic_block(features, *weights)]
+    leaf = features.clone().requires_grad_()
+    yield "basic_block backward", adjoint(basic_block(leaf, *weights), leaf)
     leaf = torch.randn(8, 197, 3, 6, 64).to(dtype).requires_grad_()
     yield "attention", lambda leaf=leaf: [attention(leaf.detach())]
     yield "attention backward", adjoint(attention(leaf), leaf)

@@ -19,7 +19,7 @@ EVERY_OP = "tests/native/every_op.py"
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 # Those that GPUs have kernels of too, and all.
 GPU_OPS = {"kl_div_with_logits", "diversify", "sign_step", "smooth", "philox_uniform"}
-OPS = GPU_OPS | {"depthwise_conv2d", "inverted_residual", "winograd_conv2d", "attention", "batch_norm"}
+OPS = GPU_OPS | {"depthwise_conv2d", "inverted_residual", "winograd_conv2d", "basic_block", "attention", "batch_norm"}
 
 
 def run_python(*arguments, isa=None):

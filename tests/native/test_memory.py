@@ -20,9 +20,15 @@ ALLOWED = 64 * 1024
 # Attention holds at most, of a head of 197 tokens and 64 channels: queries, keys, values, gradients, two of them
 # across, sums for two, and two blocks of 64 queries' products with all tokens.
 # A convolution by minimal filtering holds, of 64 channels, 36 values for each pair of them, for both threads together,
-# and for each of 48 tiles 36 of every channel that goes in and comes out.
+# and for each of 16 tiles 36 of every channel that goes in and comes out.
+# A basic block holds both transformed weights at a time, tiles of 16 at a time for each thread, and images between its
+# convolutions: one of 56 x 56 pixels for each thread; besides the bits, two for each value, for both together.
 EXTRA = {
-    "winograd_conv2d": 36 * (64 * 64 + 16) * 4 // 2 + 2 * 36 * (48 * 64 + 16) * 4,
+    "winograd_conv2d": 36 * (64 * 64 + 16) * 4 // 2 + 2 * 36 * (16 * 64 + 16) * 4,
+    "basic_block": 36 * (64 * 64 + 16) * 4
+    + 2 * 36 * (16 * 64 + 16) * 4
+    + 56 * 56 * 64 * 4
+    + 16 * 56 * 56 * 64 // 4 // 2,
     "attention": (8 * 208 * 64 + 2 * 64 * 208) * 4,
     "depthwise_conv2d": 3 * 58 * 144 * 4,
     "batch_norm": -(-16 * 56 * 56 // 113) * 2 * 144 * 8 // 2,
