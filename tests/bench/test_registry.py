@@ -125,7 +125,7 @@ def test_targets_of_attacks_on_two_cores() -> None:
     by_name = {case.name: case for case in select(["attacks"])}
     large = by_name["mifgsm/resnet50 1 step/bf16/32x3x224x224"]
     assert (large.targets, large.memory) == ({"torchattacks": 2.5, "model": 0.97, "gemm": 0.85}, 0.6)
-    assert by_name["mifgsm/tf_efficientnet_lite2 2 steps/bf16/8x3x224x224"].targets == {
+    assert by_name["mifgsm/tf_efficientnet_lite2 10 steps/bf16/8x3x224x224"].targets == {
         "torchattacks": 3.3,
         "model": 0.95,
     }
