@@ -199,9 +199,12 @@ void enter(const V (&pixels)[TILE_IN][TILE_IN][LANES], int64_t between, V* to) {
   enter_row(other, between, to + 30 * between);
 }
 
+template <class V>
+using Pixels = V[TILE_OUT][TILE_OUT][LANES];
+
 // The way back, to 4 x 4 pixels.
 template <class V>
-void leave(const V* from, int64_t between, const Lanes<V>& bias, V (&pixels)[TILE_OUT][TILE_OUT][LANES]) {
+void leave(const V* from, int64_t between, const Lanes<V>& bias, Pixels<V>& pixels) {
   Lanes<V> rows[4][6];
 #pragma GCC unroll 1
   for (int j = 0; j < 6; ++j) {
@@ -251,64 +254,70 @@ void enter_tile(const WinogradPass& pass, const Place& place, int64_t tiles, int
   }
 }
 
-// Calls visit(what is made of 16 channels of a pixel of the convolution by adding to them), of `count` from c on.
-template <class T, class Count, class Visit>
-AF_INLINE void with_residual(const WinogradPass& pass, int64_t c, Count count, Visit visit) {
+// Pixels of the result in a tile.
+struct Extent {
+  int64_t start, across, rows, columns;
+
+  // Calls visit(row and column in the tile, which pixel of the images that is).
+  template <class Visit>
+  AF_INLINE void each(Visit visit) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) visit(i, j, start + i * across + j);
+    }
+  }
+};
+
+// Adds what is added to the convolution, to `count` channels from c on.
+template <class T, class Count>
+AF_INLINE void add_residual(const WinogradPass& pass, const Extent& extent, int64_t c, Count count,
+                            Pixels<Wide<T>>& pixels) {
   using V = Wide<T>;
   const int64_t depth = pass.out_channels, words = words_of(depth);
   const T* residual = static_cast<const T*>(pass.residual) + c;
   const uint16_t* bits = pass.residual_bits + c / LANES;
-  if (pass.residual == nullptr) {
-    visit([](const Lanes<V>& x, int64_t) { return x; });
-  } else if (pass.residual_bits == nullptr) {
-    visit([=](const Lanes<V>& x, int64_t at) { return x + first_values(residual + at * depth, count); });
-  } else {
-    visit([=](const Lanes<V>& x, int64_t at) {
-      return x + kept(first_values(residual + at * depth, count), bits[at * words]);
+  const auto add = [&](auto kept_of) {
+    extent.each([=, &pixels](int64_t i, int64_t j, int64_t at) {
+      const Lanes<V> more = kept_of(first_values(residual + at * depth, count), at);
+      (Lanes<V>::load(pixels[i][j]) + more).store(pixels[i][j]);
     });
+  };
+  if (pass.residual_bits == nullptr) {
+    add([](const Lanes<V>& x, int64_t) { return x; });
+  } else {
+    add([=](const Lanes<V>& x, int64_t at) { return kept(x, bits[at * words]); });
   }
 }
 
-// Likewise by the rectifier behind it.
-template <class T, class Visit>
-AF_INLINE void with_rectifier(const WinogradPass& pass, int64_t c, Visit visit) {
+// Stores `count` channels from c on, rectified or gated.
+template <class T, class Count>
+AF_INLINE void store(const WinogradPass& pass, const Extent& extent, int64_t c, Count count,
+                     const Pixels<Wide<T>>& pixels) {
   using V = Wide<T>;
-  const int64_t words = words_of(pass.out_channels);
+  const int64_t depth = pass.out_channels, words = words_of(depth);
+  T* out = static_cast<T*>(pass.out) + c;
   uint16_t* bits = pass.out_bits + c / LANES;
+  const auto store = [&](auto kept_of) {
+    extent.each([=, &pixels](int64_t i, int64_t j, int64_t at) {
+      store_first(kept_of(Lanes<V>::load(pixels[i][j]), at), count, out + at * depth);
+    });
+  };
   if (pass.out_bits == nullptr) {
-    visit([](const Lanes<V>& x, int64_t) { return x; });
+    store([](const Lanes<V>& x, int64_t) { return x; });
   } else if (pass.gated) {
-    visit([=](const Lanes<V>& x, int64_t at) { return kept(x, bits[at * words]); });
+    store([=](const Lanes<V>& x, int64_t at) { return kept(x, bits[at * words]); });
   } else {
-    visit([=](const Lanes<V>& x, int64_t at) {
-      const uint16_t word = bits_positive(x);
-      bits[at * words] = word;
-      return kept(x, word);
+    store([](const Lanes<V>& x, int64_t) { return kept(x, bits_positive(x)); });
+    // On their own: in between, each would wait for the lines of those before it.
+    extent.each([=, &pixels](int64_t i, int64_t j, int64_t at) {
+      bits[at * words] = bits_positive(Lanes<V>::load(pixels[i][j]));
     });
   }
 }
-
-// Pixels of the result in a tile.
-struct Extent {
-  int64_t start, across, rows, columns;
-};
 
 template <class T, class Count>
-AF_INLINE void finish(const WinogradPass& pass, const Extent& extent, int64_t c, Count count,
-                      const Wide<T> (&pixels)[TILE_OUT][TILE_OUT][LANES]) {
-  using V = Wide<T>;
-  const int64_t depth = pass.out_channels;
-  T* out = static_cast<T*>(pass.out) + c;
-  with_residual<T>(pass, c, count, [=, &pass, &pixels](auto added) {
-    with_rectifier<T>(pass, c, [=, &pixels](auto rectified) {
-      for (int64_t i = 0; i < extent.rows; ++i) {
-        for (int64_t j = 0; j < extent.columns; ++j) {
-          const int64_t at = extent.start + i * extent.across + j;
-          store_first(rectified(added(Lanes<V>::load(pixels[i][j]), at), at), count, out + at * depth);
-        }
-      }
-    });
-  });
+AF_INLINE void finish(const WinogradPass& pass, const Extent& extent, int64_t c, Count count, Pixels<Wide<T>>& pixels) {
+  if (pass.residual != nullptr) add_residual<T>(pass, extent, c, count, pixels);
+  store<T>(pass, extent, c, count, pixels);
 }
 
 // The way back, of channels first .. last.
@@ -320,7 +329,7 @@ void leave_tile(const WinogradPass& pass, const Place& place, int64_t first, int
   const Extent extent = {(place.image * pass.out_rows + place.row) * across + place.column, across,
                          smaller(TILE_OUT, pass.out_rows - place.row), smaller(TILE_OUT, across - place.column)};
   const T* biases = static_cast<const T*>(pass.bias);
-  alignas(64) V pixels[TILE_OUT][TILE_OUT][LANES];
+  alignas(64) Pixels<V> pixels;
   for (int64_t c = first; c < smaller(last, depth); c += LANES, sums += tiles * LANES) {
     const int64_t count = depth - c;
     leave(sums, between, biases == nullptr ? Lanes<V>::filled(0) : first_values(biases + c, count), pixels);
