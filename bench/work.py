@@ -252,25 +252,32 @@ def inverted_residual(
     def ours(images: Tensor, *weights: Tensor) -> Tensor:
         return ops.inverted_residual(images, packed(), padding=(1, 1, 1, 1))
 
+    return _of_frozen(ours, chain, images, weights, incoming if gradient else None, ROUNDING[dtype])
+
+
+def _of_frozen(
+    ours: Expression, plain: Expression, images: Tensor, weights: Tensors, incoming: Tensor | None, tolerance: float
+) -> Work:
+    """A pass, or with a gradient the way back too, of which the weights have none."""
+
     def bind(
         expression: Expression,
         images: Tensor = images,
         weights: Tensors = weights,
-        incoming: Tensor = incoming,
+        incoming: Tensor | None = incoming,
     ) -> Run:
-        return _one_way(expression, images, *weights, incoming=incoming if gradient else None)
+        return _one_way(expression, images, *weights, incoming=incoming)
 
+    doubled = None if incoming is None else incoming.double()
     return Work(
         ours=bind(ours),
-        expression=chain,
+        expression=plain,
         bind=bind,
-        expected=lambda: bind(
-            chain, images.double(), tuple(weight.double() for weight in weights), incoming.double()
-        )(),
-        tolerance=ROUNDING[dtype],
-        slack=CHAIN[dtype],
-        moved=images.nbytes + incoming.nbytes,
-        device=device,
+        expected=lambda: bind(plain, images.double(), tuple(weight.double() for weight in weights), doubled)(),
+        tolerance=tolerance,
+        slack=CHAIN[images.dtype],
+        moved=2 * images.nbytes,
+        device=images.device,
     )
 
 
@@ -320,26 +327,7 @@ def basic_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     def ours(images: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return ops.basic_block(images, first, None, second, None)
 
-    def bind(
-        expression: Expression,
-        images: Tensor = images,
-        weights: Tensors = weights,
-        incoming: Tensor = incoming,
-    ) -> Run:
-        return _one_way(expression, images, *weights, incoming=incoming if gradient else None)
-
-    return Work(
-        ours=bind(ours),
-        expression=plain,
-        bind=bind,
-        expected=lambda: bind(
-            plain, images.double(), tuple(weight.double() for weight in weights), incoming.double()
-        )(),
-        tolerance=MINIMAL,
-        slack=CHAIN[dtype],
-        moved=images.nbytes + incoming.nbytes,
-        device=device,
-    )
+    return _of_frozen(ours, plain, images, weights, incoming if gradient else None, MINIMAL)
 
 
 def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gradient: bool = False) -> Work:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignfast.models.classifier import evaluating
@@ -78,23 +79,25 @@ def use_block_kernel(module: nn.Module, blocks: Sequence[BasicBlock]) -> None:
         if is_minimal(first) and is_minimal(second) and is_plain(first) and is_plain(second):
             whole = reclassed(_kind_of(type(part)), part)
             module.set_submodule(block.name, whole, strict=True)
-            inside = Unseen(one for one in part.modules() if one is not part)
-            whole.whole = Whole(first, second, inside)
+            whole.whole = Whole(first, second, _inside(part))
 
 
 class Whole:
-    """The convolutions of a basic block and what may look at what lies between them."""
+    """The convolutions of a basic block, and all parts in it, which may look at what lies between them."""
 
-    def __init__(self, first: nn.Conv2d, second: nn.Conv2d, unseen: Unseen) -> None:
-        self._first, self._second, self._unseen = first, second, unseen
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d, inside: tuple[nn.Module, ...]) -> None:
+        self._first, self._second, self._inside, self._unseen = first, second, inside, Unseen(inside)
 
-    def serves(self, images: Tensor) -> bool:
-        """Whether the kernel is faster than the layers, and computes what they would."""
+    def serves(self, images: Tensor, inside: tuple[nn.Module, ...]) -> bool:
+        """Whether the kernel is faster than the layers, and computes what they would. inside: the parts as they are."""
         weights = (self._first.weight, self._first.bias, self._second.weight, self._second.bias)
         return (
             is_served(images, (1, 1))
             # A thread takes whole images.
             and len(images) >= torch.get_num_threads()
+            # By whom functions, such as rectifiers, are given another meaning.
+            and not has_torch_function((images,))
+            and inside == self._inside
             and bool(self._unseen)
             and not any(weight is not None and weight.requires_grad for weight in weights)
         )
@@ -110,7 +113,8 @@ class WholeBlock:
     whole: Whole
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        if not named and len(inputs) == 1 and not self.training and self.whole.serves(inputs[0]):  # type: ignore[attr-defined]
+        block: Any = self
+        if not named and len(inputs) == 1 and not block.training and self.whole.serves(inputs[0], _inside(block)):
             return self.whole(inputs[0])
         # Of the block that it is mixed into.
         return super().forward(*inputs, **named)  # type: ignore[misc]
@@ -184,6 +188,10 @@ def _is_sum(step: Any, x: Tensor, other: Tensor) -> bool:
     if func is aten.add_.Tensor:
         return pair == [id(x), id(other)] and not named
     return func is aten.add.Tensor and not named and sorted(pair) == sorted([id(x), id(other)])
+
+
+def _inside(part: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(part.modules())[1:]
 
 
 def _name_in(part: nn.Module, layer: nn.Module) -> str:

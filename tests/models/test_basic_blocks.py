@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,14 +11,17 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from alignfast.alignment.witnesses import Witnesses
 from alignfast.models import Classifier, basic_block, minimal_filtering, prepare
 from alignfast.models.basic_block import MOST_CHANNELS, BasicBlock, WholeBlock, blocks_of, use_block_kernel
 from alignfast.models.minimal_filtering import FEWEST_TILES, use_minimal_filtering
+from alignfast.surrogates import GhostDropout, GhostSkips, LinearBackward, SkipGradient, SmoothBackward, surrogate
 from tests import cases
+from tests.models.test_depthwise import gradient_in_attack
 from tests.models.test_frozen import passes
+from tests.models.test_minimal_filtering import served as served_by
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -118,21 +121,7 @@ def features(dtype: torch.dtype = torch.float32, count: int = FEWEST_TILES, chan
     return cases.channels_last(cases.normal((count, channels, 6, 7), 1, dtype))
 
 
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.alignfast.basic_block.default
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def served(times: int) -> Iterator[None]:
-    with Calls() as calls:
-        yield
-    assert calls.count == times
+served = partial(served_by, op=torch.ops.alignfast.basic_block)
 
 
 def both(use: Callable[..., Any] = in_place, **options: Any) -> tuple[nn.Sequential, nn.Sequential]:
@@ -301,6 +290,28 @@ def test_hooks_see_what_lies_inside(inside: str, kind: str) -> None:
         whole(features())
 
 
+def test_a_part_that_is_exchanged_later_counts() -> None:
+    plain, whole = both(with_layers)
+    for module in (plain, whole):
+        module[0].one = nn.Softplus()
+    with served(0):
+        assert torch.equal(whole(features()), plain(features()))
+
+
+class Doubled(TorchFunctionMode):
+    """Makes something else of rectifiers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is relu else result
+
+
+def test_functions_may_be_given_another_meaning() -> None:
+    plain, whole = both(functional)
+    with served(0), Doubled():
+        assert torch.equal(whole(features()), plain(features()))
+
+
 def test_hooks_around_a_block_change_nothing() -> None:
     plain, whole = both()
     seen = []
@@ -370,6 +381,19 @@ def test_a_prepared_network_has_them(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(basic_block, "FUSED", False)
     for one, other in zip(found, gradient(prepare(model, images(), "fp32")), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "surgery", [SkipGradient(0.3), GhostSkips(0.4), GhostDropout(0.3), LinearBackward(), SmoothBackward()], ids=str
+)
+def test_surgery(surgery: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network("timm"), images()
+    whole = prepare(model, x, "fp32")
+    assert any(isinstance(part, WholeBlock) for part in whole.modules())
+    ours = gradient_in_attack(surrogate(whole, surgery), x)
+    monkeypatch.setattr(basic_block, "FUSED", False)
+    wanted = gradient_in_attack(surrogate(prepare(model, x, "fp32"), surgery), x)
+    assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
 
 
 def test_forms_that_do_without() -> None:
