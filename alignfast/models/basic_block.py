@@ -21,8 +21,6 @@ aten = torch.ops.aten
 RELU = (aten.relu.default, aten.relu_.default)
 # Of more channels the transformed weights, read again for every few images, do not stay in the second cache.
 MOST_CHANNELS = 64
-
-
 # Classes of blocks that the kernel does, by what they were.
 _KINDS: dict[type[nn.Module], Any] = {}
 
@@ -88,17 +86,18 @@ class Whole:
     def __init__(self, first: nn.Conv2d, second: nn.Conv2d, inside: tuple[nn.Module, ...]) -> None:
         self._first, self._second, self._inside, self._unseen = first, second, inside, Unseen(inside)
 
-    def serves(self, images: Tensor, inside: tuple[nn.Module, ...]) -> bool:
-        """Whether the kernel is faster than the layers, and computes what they would. inside: the parts as they are."""
+    def serves(self, images: Tensor, block: nn.Module) -> bool:
+        """Whether the kernel is faster than the layers of the block, and computes what they would."""
         weights = (self._first.weight, self._first.bias, self._second.weight, self._second.bias)
         return (
             is_served(images, (1, 1))
             # A thread takes whole images.
             and len(images) >= torch.get_num_threads()
-            # By whom functions, such as rectifiers, are given another meaning.
+            # Which gives functions, such as rectifiers, another meaning.
             and not has_torch_function((images,))
-            and inside == self._inside
             and bool(self._unseen)
+            and _inside(block) == self._inside
+            and not any(part.training for part in (block, *self._inside))
             and not any(weight is not None and weight.requires_grad for weight in weights)
         )
 
@@ -114,7 +113,7 @@ class WholeBlock:
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         block: Any = self
-        if not named and len(inputs) == 1 and not block.training and self.whole.serves(inputs[0], _inside(block)):
+        if not named and len(inputs) == 1 and self.whole.serves(inputs[0], block):
             return self.whole(inputs[0])
         # Of the block that it is mixed into.
         return super().forward(*inputs, **named)  # type: ignore[misc]

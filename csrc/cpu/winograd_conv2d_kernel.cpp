@@ -254,6 +254,12 @@ void enter_tile(const WinogradPass& pass, const Place& place, int64_t tiles, int
   }
 }
 
+// The words of these 16 channels, if there are any.
+template <class Word>
+Word* from_channel(Word* bits, int64_t c) {
+  return bits == nullptr ? bits : bits + c / LANES;
+}
+
 // Pixels of the result in a tile.
 struct Extent {
   int64_t start, across, rows, columns;
@@ -274,14 +280,14 @@ AF_INLINE void add_residual(const WinogradPass& pass, const Extent& extent, int6
   using V = Wide<T>;
   const int64_t depth = pass.out_channels, words = words_of(depth);
   const T* residual = static_cast<const T*>(pass.residual) + c;
-  const uint16_t* bits = pass.residual_bits + c / LANES;
+  const uint16_t* bits = from_channel(pass.residual_bits, c);
   const auto add = [&](auto kept_of) {
     extent.each([=, &pixels](int64_t i, int64_t j, int64_t at) {
       const Lanes<V> more = kept_of(first_values(residual + at * depth, count), at);
       (Lanes<V>::load(pixels[i][j]) + more).store(pixels[i][j]);
     });
   };
-  if (pass.residual_bits == nullptr) {
+  if (bits == nullptr) {
     add([](const Lanes<V>& x, int64_t) { return x; });
   } else {
     add([=](const Lanes<V>& x, int64_t at) { return kept(x, bits[at * words]); });
@@ -295,13 +301,13 @@ AF_INLINE void store(const WinogradPass& pass, const Extent& extent, int64_t c, 
   using V = Wide<T>;
   const int64_t depth = pass.out_channels, words = words_of(depth);
   T* out = static_cast<T*>(pass.out) + c;
-  uint16_t* bits = pass.out_bits + c / LANES;
+  uint16_t* bits = from_channel(pass.out_bits, c);
   const auto store = [&](auto kept_of) {
     extent.each([=, &pixels](int64_t i, int64_t j, int64_t at) {
       store_first(kept_of(Lanes<V>::load(pixels[i][j]), at), count, out + at * depth);
     });
   };
-  if (pass.out_bits == nullptr) {
+  if (bits == nullptr) {
     store([](const Lanes<V>& x, int64_t) { return x; });
   } else if (pass.gated) {
     store([=](const Lanes<V>& x, int64_t at) { return kept(x, bits[at * words]); });

@@ -335,6 +335,8 @@ def test_layers_serve_where_the_kernel_is_no_faster(monkeypatch: pytest.MonkeyPa
             patch.setattr(torch, "get_num_threads", lambda: len(x) + 1)
             assert torch.equal(whole(x), plain(x))
         assert torch.equal(whole.train()(x), plain(x))
+        whole.eval()[0].one.train()
+        assert torch.equal(whole(x), plain(x))
         whole.eval()[0].second.weight.requires_grad_()
         assert whole(x).requires_grad
         whole[0].second.weight.requires_grad_(False)
