@@ -60,8 +60,7 @@ def blocks_of(module: nn.Module, run: Callable[[], Any]) -> list[BasicBlock]:
     basic = [part for part, always in are_basic.items() if always]
     # Not what only holds another one.
     blocks = [part for part in basic if not any(one in basic and one is not part for one in part.modules())]
-    named = [(paths[part][0], *(_name_in(part, layer) for layer in pairs[part])) for part in blocks]
-    return [BasicBlock(*names) for names in named]
+    return [BasicBlock(paths[part][0], *(_name_in(part, layer) for layer in pairs[part])) for part in blocks]
 
 
 def use_block_kernel(module: nn.Module, blocks: Sequence[BasicBlock]) -> None:

@@ -32,30 +32,17 @@ struct Block {
 Block block_of(const Tensor& images, const Tensor& first, const Tensor& second) {
   const Dtype dtype = check_interleaved_images("images", images);
   const int64_t channels = images.size(1);
-  check_device("first", first, images);
-  check_dtype("first", first, images.scalar_type());
-  check_shape("first", first, {-1, channels, 3, 3});
-  check_device("second", second, images);
-  check_dtype("second", second, images.scalar_type());
-  check_shape("second", second, {channels, first.size(0), 3, 3});
+  check_weight("first", first, images, {-1, channels, 3, 3});
+  check_weight("second", second, images, {channels, first.size(0), 3, 3});
   return {dtype, images.size(0), images.size(2), images.size(3), channels, first.size(0)};
 }
 
-const void* bias_in(const char* name, const std::optional<Tensor>& bias, const Tensor& images, int64_t channels) {
-  if (!bias) return nullptr;
-  check_device(name, *bias, images);
-  check_dtype(name, *bias, images.scalar_type());
-  check_shape(name, *bias, {channels});
-  check_dense(name, *bias);
-  return bias->const_data_ptr();
-}
-
-WinogradPass pass_of(const Block& block, const WinogradWeight& weight, const Tensor& transformed) {
-  WinogradPass pass = alignfast::pass_of(weight, transformed);
-  pass.in_rows = pass.out_rows = block.rows;
-  pass.in_columns = pass.out_columns = block.columns;
-  pass.above = pass.left = 1;
-  return pass;
+WinogradReady ready_of(const Block& block, const Tensor& weight, const Tensor& images, bool adjoint) {
+  WinogradReady ready = alignfast::ready_of(weight, images, block.dtype, adjoint);
+  ready.pass.in_rows = ready.pass.out_rows = block.rows;
+  ready.pass.in_columns = ready.pass.out_columns = block.columns;
+  ready.pass.above = ready.pass.left = 1;
+  return ready;
 }
 
 // From an image on, of what of the pass has images.
@@ -99,10 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> basic_block(Tensor images, Tensor first, std:
   const Tensor first_bits = dense(block.bits(block.middle), ScalarType::Short, images);
   const Tensor second_bits = dense(block.bits(block.channels), ScalarType::Short, images);
   if (out.numel() == 0) return {out, first_bits, second_bits};
-  const WinogradWeight one_weight = weight_of(first, block.dtype, false);
-  const WinogradWeight other_weight = weight_of(second, block.dtype, false);
-  const Tensor one_ready = transformed(one_weight, images), other_ready = transformed(other_weight, images);
-  WinogradPass one = pass_of(block, one_weight, one_ready), other = pass_of(block, other_weight, other_ready);
+  WinogradReady one_ready = ready_of(block, first, images, false), other_ready = ready_of(block, second, images, false);
+  WinogradPass &one = one_ready.pass, &other = other_ready.pass;
   one.in = other.residual = images.const_data_ptr();
   one.bias = one_bias;
   one.out_bits = static_cast<uint16_t*>(first_bits.mutable_data_ptr());
@@ -120,10 +105,9 @@ Tensor basic_block_linear(Tensor images, Tensor first, Tensor second, Tensor fir
   uint16_t* outside = bits_in("second_bits", second_bits, images, block.bits(block.channels));
   const Tensor out = interleaved({block.count, block.channels, block.rows, block.columns}, images);
   if (out.numel() == 0) return out;
-  const WinogradWeight one_weight = weight_of(adjoint ? second : first, block.dtype, adjoint);
-  const WinogradWeight other_weight = weight_of(adjoint ? first : second, block.dtype, adjoint);
-  const Tensor one_ready = transformed(one_weight, images), other_ready = transformed(other_weight, images);
-  WinogradPass one = pass_of(block, one_weight, one_ready), other = pass_of(block, other_weight, other_ready);
+  WinogradReady one_ready = ready_of(block, adjoint ? second : first, images, adjoint);
+  WinogradReady other_ready = ready_of(block, adjoint ? first : second, images, adjoint);
+  WinogradPass &one = one_ready.pass, &other = other_ready.pass;
   one.gated = other.gated = true;
   one.in = other.residual = images.const_data_ptr();
   one.out_bits = inside;

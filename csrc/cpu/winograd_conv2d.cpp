@@ -33,17 +33,10 @@ void run(const WinogradPass& pass, int64_t images) {
 
 Tensor winograd_conv2d(Tensor images, Tensor weight, std::optional<Tensor> bias, Sizes padding, bool adjoint) {
   const Dtype dtype = check_interleaved_images("images", images);
-  check_device("weight", weight, images);
-  check_dtype("weight", weight, images.scalar_type());
   const int64_t channels = images.size(1);
-  check_shape("weight", weight, {adjoint ? channels : -1, adjoint ? -1 : channels, 3, 3});
+  check_weight("weight", weight, images, {adjoint ? channels : -1, adjoint ? -1 : channels, 3, 3});
   const int64_t made = weight.size(adjoint ? 1 : 0);
-  if (bias) {
-    check_device("bias", *bias, images);
-    check_dtype("bias", *bias, images.scalar_type());
-    check_shape("bias", *bias, {made});
-    check_dense("bias", *bias);
-  }
+  const void* added = bias_in("bias", bias, images, made);
   check_sizes("padding", padding, 2, 0);
   AF_CHECK(std::max(padding[0], padding[1]) <= 2, "padding: got [", padding[0], ", ", padding[1],
            "]; allowed is 0 to 2");
@@ -51,9 +44,8 @@ Tensor winograd_conv2d(Tensor images, Tensor weight, std::optional<Tensor> bias,
                                 {padding[0], padding[0], padding[1], padding[1]});
   const Tensor out = interleaved(shape, images);
   if (out.numel() == 0) return out;
-  const WinogradWeight from = weight_of(weight, dtype, adjoint);
-  const Tensor ready = transformed(from, images);
-  WinogradPass pass = pass_of(from, ready);
+  WinogradReady ready = ready_of(weight, images, dtype, adjoint);
+  WinogradPass& pass = ready.pass;
   pass.in = images.const_data_ptr();
   pass.in_rows = images.size(2);
   pass.in_columns = images.size(3);
@@ -62,7 +54,7 @@ Tensor winograd_conv2d(Tensor images, Tensor weight, std::optional<Tensor> bias,
   pass.out_columns = shape[3];
   pass.above = padding[0];
   pass.left = padding[1];
-  pass.bias = bias ? bias->const_data_ptr() : nullptr;
+  pass.bias = added;
   run(pass, shape[0]);
   return out;
 }

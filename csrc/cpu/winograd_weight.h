@@ -1,4 +1,4 @@
-// Weights of 3 x 3 convolutions, transformed for minimal filtering by all threads.
+// Weights of 3 x 3 convolutions, checked, and transformed for minimal filtering by all threads.
 
 #pragma once
 
@@ -7,6 +7,21 @@
 #include "cpu/winograd_conv2d.h"
 
 namespace alignfast {
+
+inline void check_weight(const char* name, const Tensor& weight, const Tensor& images,
+                         const std::vector<int64_t>& shape) {
+  check_device(name, weight, images);
+  check_dtype(name, weight, images.scalar_type());
+  check_shape(name, weight, shape);
+}
+
+inline const void* bias_in(const char* name, const std::optional<Tensor>& bias, const Tensor& images,
+                           int64_t channels) {
+  if (!bias) return nullptr;
+  check_weight(name, *bias, images, {channels});
+  check_dense(name, *bias);
+  return bias->const_data_ptr();
+}
 
 // Of [K, C, 3, 3] the weight itself, or that of its adjoint: [C, K, 3, 3], turned by half a turn.
 inline WinogradWeight weight_of(const Tensor& weight, Dtype dtype, bool adjoint) {
@@ -35,15 +50,21 @@ inline Tensor transformed(const WinogradWeight& weight, const Tensor& images) {
   return out;
 }
 
-// With a transformed weight, and nothing else yet.
-inline WinogradPass pass_of(const WinogradWeight& weight, const Tensor& transformed) {
-  WinogradPass pass{};
-  pass.dtype = weight.dtype;
-  pass.in_channels = weight.in_channels;
-  pass.out_channels = weight.out_channels;
-  pass.padded_channels = weight.padded_channels;
-  pass.weight = transformed.const_data_ptr();
-  return pass;
+// A pass of which nothing is set but what goes with the weight, and that, transformed, which it reads.
+struct WinogradReady {
+  Tensor weight;
+  WinogradPass pass;
+};
+
+inline WinogradReady ready_of(const Tensor& weight, const Tensor& images, Dtype dtype, bool adjoint) {
+  const WinogradWeight from = weight_of(weight, dtype, adjoint);
+  WinogradReady ready{transformed(from, images), {}};
+  ready.pass.dtype = dtype;
+  ready.pass.in_channels = from.in_channels;
+  ready.pass.out_channels = from.out_channels;
+  ready.pass.padded_channels = from.padded_channels;
+  ready.pass.weight = ready.weight.const_data_ptr();
+  return ready;
 }
 
 }  // namespace alignfast
