@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ print(json.dumps({"counts": counts + [faults()], "kept": kept.kept, "reason": ke
     assert max(found["counts"]) < FEW
     assert found["kept"] is True
     assert "the environment decides with MALLOC_MMAP_MAX_" in found["reason"]
+
+
+@pytest.mark.parametrize(("later", "stays"), [(0, True), (16384, False)])
+def test_the_first_blocks_do_not_decide_whether_freed_ones_stay(
+    later: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = chain([16384, 512], repeat(later))
+    monkeypatch.setattr(memory, "_faults_of_a_block", lambda: next(counts))
+    assert memory._freed_block_stays.__wrapped__() is stays
 
 
 @needs_glibc
