@@ -28,14 +28,15 @@ class PackedAttention(Attention):
     """Does what timm's does where that calls torch's fused kernel, and is timm's everywhere else."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is not None or is_causal or not self._served(x):
+        if attn_mask is not None or is_causal or not self.serves(x):
             result: Tensor = super().forward(x, attn_mask, is_causal)
             return result
         attended = attention(self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)))
         dropped: Tensor = self.proj_drop(self.proj(attended))
         return dropped
 
-    def _served(self, x: Tensor) -> bool:
+    def serves(self, x: Tensor) -> bool:
+        """Whether the kernel does what timm would."""
         between = (self.q_norm, self.k_norm, self.norm)
         plain = all(type(part) is nn.Identity and not has_hooks(part) for part in between)
         # torch.nn.attention.sdpa_kernel asks for other kernels.

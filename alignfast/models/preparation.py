@@ -25,6 +25,7 @@ from alignfast.models.folding import folded
 from alignfast.models.frozen import keep_less
 from alignfast.models.inverted_residual import use_residual_kernel, with_residuals
 from alignfast.models.minimal_filtering import use_minimal_filtering
+from alignfast.models.vit_block import use_partwise_blocks
 from alignfast.native import CPU_DEVICES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -215,6 +216,8 @@ def shaped(model: Classifier, form: Form, fusions: Fusions) -> Classifier:
             use_minimal_filtering(member.module)
         if here:
             use_packed_attention(member.module)
+            if not form.compiled:
+                use_partwise_blocks(member.module)
         keep_less(member.module)
         if here and flat and not form.compiled:
             use_block_kernel(member.module, fusions.blocks)
