@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,15 +49,7 @@ class PartwiseBlock(Block):
         if attn_mask is not None or is_causal or not self._served(x):
             result: Tensor = super().forward(x, attn_mask, is_causal)
             return result
-        return _applied(_Mlp, _applied(_Attention, x.contiguous(), self), self)
-
-    def attended(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.ls1(self.attn(self.norm1(x)))
-        return result
-
-    def perceived(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
-        return result
+        return _applied(MLP, _applied(ATTENTION, x.contiguous(), self), self)
 
     def _served(self, x: Tensor) -> bool:
         return (
@@ -100,96 +94,104 @@ class PartwiseBlock(Block):
         ]
 
 
-class _Attention(Function):
-    """x + proj(attention(qkv(norm1(x))))."""
+@dataclass(frozen=True)
+class Branch:
+    """The tokens that go in, and what one of a block's two residual branches adds to them.
 
+    plain: as timm computes it. made: its result and, behind that, what its gradient needs beside the tokens, from these
+    and a block. gradient: of the tokens, from the result's, the block, the tokens and all that `made` kept.
+    """
+
+    plain: Callable[[PartwiseBlock, Tensor], Tensor]
+    made: Callable[[Tensor, PartwiseBlock], tuple[Tensor, ...]]
+    gradient: Callable[..., Tensor]
+
+
+class _Branch(Function):
     @staticmethod
     @signed
-    def forward(x: Tensor, block: PartwiseBlock) -> tuple[Tensor, ...]:
-        attn: Any = block.attn
-        packed = x.new_empty(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
-        result = torch.empty_like(x)
-        weight, bias = _scaled(attn.proj, block.ls1)
-        kept: list[Tensor] = []
-        for some in _parts(x):
-            normed, mean, scale = _normed(x[some], block.norm1)
-            _linear(normed, attn.qkv, packed[some].flatten(2))
-            attended, sums = ops.attention(packed[some])
-            _add_linear(x[some], attended, weight, bias, result[some])
-            kept += (mean, scale, sums)
-        return result, packed, *kept
+    def forward(x: Tensor, block: PartwiseBlock, branch: Branch) -> tuple[Tensor, ...]:
+        return branch.made(x, block)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, PartwiseBlock], output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, PartwiseBlock, Branch], output: tuple[Tensor, ...]) -> None:
+        x, ctx.block, ctx.branch = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
-            return None, None
-        x, packed, *kept = ctx.saved_tensors
-        block = ctx.block
-        if torch.is_grad_enabled():
-            return _differentiable(block.attended, x, grad), None
-        attn: Any = block.attn
-        grad = grad.contiguous()
-        result = torch.empty_like(x)
-        weight = _scaled(attn.proj, block.ls1)[0]
-        for some, mean, scale, sums in zip(_parts(x), kept[::3], kept[1::3], kept[2::3], strict=True):
-            of_attended = torch.matmul(grad[some], weight)
-            of_packed = ops.attention_backward(of_attended, packed[some], sums)
-            of_normed = torch.matmul(of_packed.flatten(2), attn.qkv.weight)
-            torch.add(grad[some], _of_norm(of_normed, x[some], mean, scale, block.norm1), out=result[some])
-        return result, None
+            return None, None, None
+        x, *kept = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return ctx.branch.gradient(grad.contiguous(), ctx.block, x, *kept), None, None
+        (result,) = torch.autograd.grad(ctx.branch.plain(ctx.block, x), x, grad, create_graph=True)
+        return result, None, None
 
 
-class _Mlp(Function):
-    """x + fc2(gelu(fc1(norm2(x))))."""
+def _attended(x: Tensor, block: PartwiseBlock) -> tuple[Tensor, ...]:
+    attn: Any = block.attn
+    packed = x.new_empty(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
+    result = torch.empty_like(x)
+    weight, bias = _scaled(attn.proj, block.ls1)
+    kept: list[Tensor] = []
+    for some in _parts(x):
+        normed, mean, scale = _normed(x[some], block.norm1)
+        _linear(normed, attn.qkv, packed[some].flatten(2))
+        attended, sums = ops.attention(packed[some])
+        _add_linear(x[some], attended, weight, bias, result[some])
+        kept += (mean, scale, sums)
+    return result, packed, *kept
 
-    @staticmethod
-    @signed
-    def forward(x: Tensor, block: PartwiseBlock) -> tuple[Tensor, ...]:
-        mlp: Any = block.mlp
-        hidden = x.new_empty(*x.shape[:2], mlp.fc1.out_features)
-        result = torch.empty_like(x)
-        parts = _parts(x)
-        active = torch.empty_like(hidden[parts[0]])
-        weight, bias = _scaled(mlp.fc2, block.ls2)
-        kept: list[Tensor] = []
-        for some in parts:
-            normed, mean, scale = _normed(x[some], block.norm2)
-            _linear(normed, mlp.fc1, hidden[some])
-            own = active[: len(normed)]
-            aten.gelu.out(hidden[some], approximate=mlp.act.approximate, out=own)
-            _add_linear(x[some], own, weight, bias, result[some])
-            kept += (mean, scale)
-        return result, hidden, *kept
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, PartwiseBlock], output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, inputs, output)
+def _of_attended(grad: Tensor, block: PartwiseBlock, x: Tensor, packed: Tensor, *kept: Tensor) -> Tensor:
+    attn: Any = block.attn
+    result = torch.empty_like(x)
+    weight = _scaled(attn.proj, block.ls1)[0]
+    for some, mean, scale, sums in zip(_parts(x), kept[::3], kept[1::3], kept[2::3], strict=True):
+        of_packed = ops.attention_backward(torch.matmul(grad[some], weight), packed[some], sums)
+        of_normed = torch.matmul(of_packed.flatten(2), attn.qkv.weight)
+        torch.add(grad[some], _of_norm(of_normed, x[some], mean, scale, block.norm1), out=result[some])
+    return result
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
-        if grad is None:
-            return None, None
-        x, hidden, *kept = ctx.saved_tensors
-        block = ctx.block
-        if torch.is_grad_enabled():
-            return _differentiable(block.perceived, x, grad), None
-        mlp: Any = block.mlp
-        grad = grad.contiguous()
-        result = torch.empty_like(x)
-        parts = _parts(x)
-        slopes = torch.empty_like(hidden[parts[0]])
-        weight = _scaled(mlp.fc2, block.ls2)[0]
-        for some, mean, scale in zip(parts, kept[::2], kept[1::2], strict=True):
-            own = slopes[: len(grad[some])]
-            torch.mm(grad[some].flatten(0, 1), weight, out=own.flatten(0, 1))
-            aten.gelu_backward.grad_input(own, hidden[some], approximate=mlp.act.approximate, grad_input=own)
-            of_normed = torch.matmul(own, mlp.fc1.weight)
-            torch.add(grad[some], _of_norm(of_normed, x[some], mean, scale, block.norm2), out=result[some])
-        return result, None
+
+def _perceived(x: Tensor, block: PartwiseBlock) -> tuple[Tensor, ...]:
+    mlp: Any = block.mlp
+    hidden = x.new_empty(*x.shape[:2], mlp.fc1.out_features)
+    result = torch.empty_like(x)
+    parts = _parts(x)
+    active = torch.empty_like(hidden[parts[0]])
+    weight, bias = _scaled(mlp.fc2, block.ls2)
+    kept: list[Tensor] = []
+    for some in parts:
+        normed, mean, scale = _normed(x[some], block.norm2)
+        _linear(normed, mlp.fc1, hidden[some])
+        own = active[: len(normed)]
+        aten.gelu.out(hidden[some], approximate=mlp.act.approximate, out=own)
+        _add_linear(x[some], own, weight, bias, result[some])
+        kept += (mean, scale)
+    return result, hidden, *kept
+
+
+def _of_perceived(grad: Tensor, block: PartwiseBlock, x: Tensor, hidden: Tensor, *kept: Tensor) -> Tensor:
+    mlp: Any = block.mlp
+    result = torch.empty_like(x)
+    parts = _parts(x)
+    slopes = torch.empty_like(hidden[parts[0]])
+    weight = _scaled(mlp.fc2, block.ls2)[0]
+    for some, mean, scale in zip(parts, kept[::2], kept[1::2], strict=True):
+        own = slopes[: len(grad[some])]
+        torch.mm(grad[some].flatten(0, 1), weight, out=own.flatten(0, 1))
+        aten.gelu_backward.grad_input(own, hidden[some], approximate=mlp.act.approximate, grad_input=own)
+        of_normed = torch.matmul(own, mlp.fc1.weight)
+        torch.add(grad[some], _of_norm(of_normed, x[some], mean, scale, block.norm2), out=result[some])
+    return result
+
+
+ATTENTION = Branch(lambda block, x: x + block.ls1(block.attn(block.norm1(x))), _attended, _of_attended)
+MLP = Branch(lambda block, x: x + block.ls2(block.mlp(block.norm2(x))), _perceived, _of_perceived)
 
 
 def _is_plain(part: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: torch.dtype) -> bool:
@@ -202,20 +204,8 @@ def _is_plain(part: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: torch.
     )
 
 
-def _applied(function: type[Function], x: Tensor, block: PartwiseBlock) -> Tensor:
-    result: Tensor = function.apply(x, block)[0]
-    return result
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, PartwiseBlock], output: tuple[Tensor, ...]) -> None:
-    x, ctx.block = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:])
-
-
-def _differentiable(branch: Any, x: Tensor, grad: Tensor) -> Tensor:
-    (result,) = torch.autograd.grad(branch(x), x, grad, create_graph=True)
+def _applied(branch: Branch, x: Tensor, block: PartwiseBlock) -> Tensor:
+    result: Tensor = _Branch.apply(x, block, branch)[0]
     return result
 
 
