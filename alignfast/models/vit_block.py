@@ -35,8 +35,8 @@ SCALE, PATH = (nn.Identity, LayerScale), (nn.Identity, DropPath)
 def use_partwise_blocks(module: nn.Module) -> None:
     """Exchange, in place, timm's blocks of vision transformers for those that take a few images at a time.
 
-    What lies between layers and is not kept for the gradient then stays in the cache and takes little memory. Behind
-    the exchange of attention. Subclasses and blocks with hooks are left alone.
+    What lies between layers and is not kept for the gradient then takes little memory, and leaves few gaps between what
+    is. Behind the exchange of attention. Subclasses and blocks with hooks are left alone.
     """
     exchange(module, {Block: PartwiseBlock}, lambda part: not has_hooks(part))
 

@@ -45,6 +45,21 @@ def passes(module: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, Te
     return result.detach(), grad
 
 
+def assert_as_near(module: nn.Module, plain: nn.Module, rows: Tensor) -> None:
+    """In half precision, results and gradients are of that dtype and as near to float64 as the plain module's."""
+    wanted = passes(copy.deepcopy(plain).double(), rows.double())
+    errors = [
+        [
+            float((one.double() - other).norm() / other.norm())
+            for one, other in zip(passes(each, rows), wanted, strict=True)
+        ]
+        for each in (module, plain)
+    ]
+    for found, theirs in zip(*errors, strict=True):
+        assert found < 1.3 * theirs < 0.1
+    assert passes(module, rows)[0].dtype == rows.dtype
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each pass through the exchanged layers' own attention."""
@@ -74,18 +89,7 @@ def test_results_and_gradients_are_those_of_timm(shape: tuple[int, int], dtype: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_float64_as_that_of_timm(dtype: torch.dtype) -> None:
     plain, packed = both(dtype=dtype)
-    rows = tokens(4, 50, dtype)
-    wanted = passes(copy.deepcopy(plain).double(), rows.double())
-    errors = [
-        [
-            float((one.double() - other).norm() / other.norm())
-            for one, other in zip(passes(module, rows), wanted, strict=True)
-        ]
-        for module in (packed, plain)
-    ]
-    for found, theirs in zip(*errors, strict=True):
-        assert found < 1.3 * theirs < 0.1
-    assert passes(packed, rows)[0].dtype == dtype
+    assert_as_near(packed, plain, tokens(4, 50, dtype))
 
 
 def test_it_keeps_no_more_for_the_backward_pass() -> None:

@@ -24,7 +24,7 @@ from alignfast.models.preparation import prepare
 from alignfast.models.vit_block import PartwiseBlock, use_partwise_blocks
 from tests import cases
 from tests.models.test_frozen import kept
-from tests.models.test_packed_attention import passes, tokens
+from tests.models.test_packed_attention import assert_as_near, passes, tokens
 
 pytestmark = pytest.mark.cpu_only
 
@@ -100,18 +100,7 @@ def test_results_and_gradients_are_those_of_timm(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_float64_as_that_of_timm(dtype: torch.dtype, name: str, served: list[int]) -> None:
     plain, partwise = both(BLOCKS[name](), dtype)
-    rows = tokens(6, 50, dtype)
-    wanted = passes(copy.deepcopy(plain).double(), rows.double())
-    errors = [
-        [
-            float((one.double() - other).norm() / other.norm())
-            for one, other in zip(passes(module, rows), wanted, strict=True)
-        ]
-        for module in (partwise, plain)
-    ]
-    for found, theirs in zip(*errors, strict=True):
-        assert found < 1.3 * theirs < 0.1
-    assert passes(partwise, rows)[0].dtype == dtype
+    assert_as_near(partwise, plain, tokens(6, 50, dtype))
     assert served == [6] * 4
 
 
